@@ -128,6 +128,8 @@ def main() -> None:
 def measure(run: Run, restored: Restored) -> None:
     """Quality, expert load and compute."""
     experiment = run.experiment
+    for what in experiment.model.looks_ahead:
+        print(f"note: {what} lets tokens see later ones: the losses may be too good", file=sys.stderr)
     graph, _ = structure(experiment.model)
     evaluation = evaluate(
         make_eval_step(graph, chunks=experiment.train.loss_chunks),

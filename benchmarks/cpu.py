@@ -133,7 +133,7 @@ def measure_training(options: Options, experiment: Experiment, python: Path, dty
     note(f"{dtype}: train step, against transformers, {describe_mode(best)}")
     ours_task = {"config": options.config, "dtype": dtype}
     with (
-        Worker(Path(sys.executable), "benchmarks/train_step.py", ours_task) as ours,
+        Worker(Path(sys.executable), "benchmarks/train_step_cpu.py", ours_task) as ours,
         Worker(python, PEER, peer_task(options, experiment) | best) as theirs,
     ):
         if (mine := ours.ready["parameters"]) != (other := theirs.ready["parameters"]):

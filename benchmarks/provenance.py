@@ -2,26 +2,26 @@
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moe.machine import commit, cpuinfo, processor
+
 
 def provenance() -> dict[str, Any]:
     """Date, commit and whether the tree differs from it; processor, cores, memory."""
-    processor = Path("/proc/cpuinfo").read_text()
     memory = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    name, modified = commit()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        # Results are a measurement's own output and may differ.
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*results*")),
+        "commit": name,
+        "modified": modified,
         "hardware": {
-            "processor": _field(processor, "model name") or platform.processor(),
-            "cores": processor.count("processor\t"),
+            "processor": processor(),
+            "cores": os.cpu_count(),
             "instructions": sorted(
-                {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(_field(processor, "flags").split())
+                {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(cpuinfo("flags").split())
             ),
             "memory_bytes": memory,
         },
@@ -50,15 +50,3 @@ class Others:
         ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
         tick = 1 / os.sysconf("SC_CLK_TCK")
         return sum(ticks) * tick, (ticks[3] + ticks[4]) * tick, sum(os.times()[:4])
-
-
-def _field(cpuinfo: str, name: str) -> str:
-    lines = (line.partition(":") for line in cpuinfo.splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == name), "")
-
-
-def _git(*command: str) -> str:
-    root = Path(__file__).parent.parent
-    return subprocess.run(
-        ["git", *command], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()

@@ -1,59 +1,215 @@
-"""Measured program: whole train steps of Switchyard on random tokens.
+"""Speed of whole train steps on a GPU, and a profile that says where the time goes.
 
-See `worker.py` for how it is run.
+    uv run benchmarks/train_step.py
+    uv run benchmarks/train_step.py --config configs/olmoe_1b_7b.py --model.layers 4*"M" --train.batch-size 8
+    uv run benchmarks/train_step.py --quick --config configs/quickstart.py
+
+Forward, backward, clipping, AdamW, balance losses and all metrics of a run, on random tokens and fresh
+parameters. The next step is enqueued before the last has ended, as in `train.py`; the time of a step is that
+between the ends of two, and the figure its median. MFU is the share of the device's data-sheet peak that the
+model's own operations take (`moe/analysis/compute.py`: routed experts by the K of E that a token visits,
+attention by half the square, nothing for recomputation).
+
+Then some steps are profiled, and the time of every kernel is summed by the part of the model that it belongs
+to (`benchmarks/gpu/kernel_time.py`). Fields of the config can be set as with `train.py`. Results go to
+`benchmarks/results/train_step_GPU.json` and `docs/results/train_step_GPU.md`.
 """
 
-import dataclasses
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tyro
 
-from benchmarks.peers.qwen3_moe import routed_as_qwen3
-from benchmarks.worker import Task, Work, seconds_of, serve
-from moe.config import load_config
+from benchmarks.gpu.command import gpu
+from benchmarks.gpu.kernel_time import KernelTimes, kernel_times
+from benchmarks.gpu.train_step_report import page
+from benchmarks.provenance import provenance
+from benchmarks.worker import ROOT, seconds_of
+from moe.analysis.compute import account, data_sheet_peak
+from moe.config import load_config, override
+from moe.errors import one_line, run_main
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
 from moe.nn import structure
-from moe.optim import AdamW
 from moe.training.evaluate import to_devices
 from moe.training.state import initial_state
 from moe.training.step import make_train_step
 
+WARM_UP = 3  # steps before the first that is timed
 
-def prepare(task: Task) -> tuple[dict[str, Any], Work]:
-    """Compile the step of the config's model with AdamW and take steps as asked."""
-    experiment, _ = load_config(task["config"], Experiment)
-    model = dataclasses.replace(routed_as_qwen3(experiment.model), compute_dtype=task["dtype"])
-    jax.set_mesh(make_mesh(experiment.mesh))
-    graph, shapes = structure(model)
-    transformation = AdamW().build(shapes, steps=1000)
-    train_step = make_train_step(
-        graph,
-        transformation,
-        accumulation=experiment.train.accumulation,
-        chunks=experiment.train.loss_chunks,
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where to keep it; fields of the config may follow."""
+
+    config: str = "configs/olmoe_3b_h100.py"
+    """The config whose model, batch and optimizer are measured."""
+
+    steps: int = 24
+    """Steps over which the median is taken."""
+
+    profiled: int = 3
+    """Steps that are profiled after those; 0 leaves the profile out."""
+
+    out: Path | None = None
+    """Where results go, as JSON, with a page of the same name beside it. By default
+    benchmarks/results/train_step_GPU.json and docs/results/train_step_GPU.md."""
+
+    render: Path | None = None
+    """Measure nothing: make the page of docs/results of these kept results."""
+
+    commit: str = ""
+    """The commit, for a copy of the tree that has no repository; a + behind it says that files differ."""
+
+    quick: bool = False
+    """A trial: two steps, no profile, nothing kept."""
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    if options.render:
+        write(
+            ROOT / "docs" / "results" / f"{options.render.stem}.md",
+            page(json.loads(options.render.read_text())),
+        )
+        return
+    experiment, description = load_config(options.config, Experiment)
+    experiment = override(experiment, rest, prog="train_step.py", description=description)
+    results = provenance() | {"gpu": gpu(), "config": options.config, "overrides": rest}
+    if options.commit:
+        results |= {"commit": options.commit.removesuffix("+"), "modified": options.commit.endswith("+")}
+    results |= measure(
+        experiment, 2 if options.quick else options.steps, 0 if options.quick else options.profiled
     )
-    key = jax.random.key(0)
-    state = initial_state(model, transformation, seed=0, average=False)
-    shape = (experiment.train.batch_size, experiment.data.sequence_length + 1)
+    print(page(results))
+    if options.out or not options.quick:
+        card = "_".join(jax.devices()[0].device_kind.lower().replace("nvidia", "").split()[:1])
+        out = options.out or ROOT / "benchmarks" / "results" / f"train_step_{card}.json"
+        beside = out.parent if options.out else ROOT / "docs" / "results"
+        write(out, json.dumps(results, indent=1) + "\n")
+        write(beside / f"{out.stem}.md", page(results))
+
+
+def measure(experiment: Experiment, steps: int, profiled: int) -> dict[str, Any]:
+    """Seconds of each step, memory, and the profile of a few steps more."""
+    model, settings = experiment.model, experiment.train
+    mesh = make_mesh(experiment.mesh)
+    jax.set_mesh(mesh)
+    experiment.check_devices(jax.device_count())
+    graph, shapes = structure(model)
+    transformation = experiment.optimizer.build(shapes, settings.steps)
+    train_step = make_train_step(
+        graph, transformation, accumulation=settings.accumulation, chunks=settings.loss_chunks
+    )
+    key = jax.random.key(experiment.seed)
+    state = initial_state(model, transformation, seed=experiment.seed, average=False)
+    shape = (settings.batch_size, experiment.data.sequence_length + 1)
     tokens = to_devices(np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32))
     slices = to_devices(np.zeros(shape[0], np.int32))
 
-    def step() -> None:
-        nonlocal state
-        state, metrics = train_step(state, key, tokens, slices, 1)
-        jax.block_until_ready((state, metrics))
+    started = time.perf_counter()
+    compiled = train_step.lower(state, key, tokens, slices, 1).compile()
+    compile_seconds = time.perf_counter() - started
 
-    compile_seconds = seconds_of(step)
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    ready = {
-        "parameters": parameters,
-        "compile_seconds": compile_seconds,
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, key, tokens, slices)
+        return metrics
+
+    for _ in range(WARM_UP):
+        metrics = jax.block_until_ready(step())
+    running, seconds = step(), []
+    jax.block_until_ready(running)
+    running = step()
+    for _ in range(steps):
+        waiting, running = running, step()
+        seconds.append(seconds_of(lambda waiting=waiting: jax.block_until_ready(waiting)))
+    last = jax.block_until_ready(running)
+
+    compute, device = account(model, experiment.data.sequence_length), mesh.devices.flat[0]
+    peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
         "versions": {"jax": jax.__version__},
+        "shape": shape_of(experiment),
+        "devices_used": mesh.size,
+        "parameters": compute.total_params,
+        "active_parameters": compute.active_params,
+        "flops_of_a_token": compute.training_flops,
+        "tokens_of_a_step": settings.batch_size * experiment.data.sequence_length,
+        "peak": data_sheet_peak(device.device_kind),
+        "compile_seconds": compile_seconds,
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "loss": [float(metrics["loss"]), float(last["loss"])],
+        "profile": profile_record(step, profiled, compiled.as_text()) if profiled else None,
     }
-    return ready, lambda steps: {"seconds": [seconds_of(step) for _ in range(steps)]}
+
+
+def profile(step, count: int, compiled: str) -> KernelTimes:
+    """Every kernel's time in `count` steps."""
+    only_device = jax.profiler.ProfileOptions()
+    only_device.host_tracer_level = only_device.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=only_device):
+            for _ in range(count):
+                metrics = step()
+            jax.block_until_ready(metrics)
+        return kernel_times(Path(folder), compiled)
+
+
+def profile_record(step, steps: int, compiled: str) -> dict[str, Any]:
+    """The profile as JSON, by step: all parts, and the kernels that make up 99 % of the time."""
+    try:
+        times = profile(step, steps, compiled)
+    except Exception as error:  # the figures above hold without it
+        return {"failed": one_line(f"{type(error).__name__}: {error}")}
+    kernels, reached = [], 0.0
+    for kernel in times.kernels:
+        if reached > 0.99 * times.busy:
+            break
+        reached += kernel.seconds
+        kernels.append(asdict(kernel) | {"seconds": kernel.seconds / steps, "calls": kernel.calls / steps})
+    return {
+        "span": times.span / steps,
+        "busy": times.busy / steps,
+        "parts": {part: seconds / steps for part, seconds in times.by_part().items()},
+        "kernels": kernels,
+    }
+
+
+def shape_of(experiment: Experiment) -> dict[str, Any]:
+    """What the page says of the model and its batch."""
+    model, train = experiment.model, experiment.train
+    return {
+        "sequences": train.batch_size,
+        "sequence_length": experiment.data.sequence_length,
+        "accumulation": train.accumulation,
+        "loss_chunks": train.loss_chunks,
+        "layers": model.layers,
+        "width": model.width,
+        "num_experts": model.moe.num_experts,
+        "expert_width": model.moe.expert_width,
+        "experts_per_token": model.moe.routing.experts_per_token(model.moe.num_experts),
+        "vocab_size": model.vocab_size,
+        "compute_dtype": model.compute_dtype,
+        "remat": model.remat,
+        "unroll": model.unroll,
+        "optimizer": repr(experiment.optimizer),
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """A file, and the folders around it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 if __name__ == "__main__":
-    serve(prepare)
+    run_main(main)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,14 +30,29 @@ class Worker:
         script: the program, from the root of the repository.
         task: what it should do, handed over as JSON.
         limit: seconds that the start, warm-up included, may take.
+        path: folders with packages that its environment lacks.
+        environment: variables for it besides this process's own.
     """
 
-    def __init__(self, python: Path, script: str, task: Mapping[str, Any], limit: float = 600):
+    def __init__(
+        self,
+        python: Path,
+        script: str,
+        task: Mapping[str, Any],
+        limit: float = 600,
+        *,
+        path: Sequence[Path] = (),
+        environment: Mapping[str, str] | None = None,
+    ):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
         self._process = subprocess.Popen(
             [python, ROOT / script, json.dumps(task)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))),
+                **(environment or {}),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -132,8 +132,13 @@ def step(config):
         return MoELayer(config, WIDTH, out_std=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
     with logical_rules():
-        graph, params, rest = nnx.split(jax.jit(build)(), nnx.Param, ...)
+        graph, like, _ = nnx.split(jax.eval_shape(jax.jit(build)), nnx.Param, ...)
+        rest = jax.jit(lambda: nnx.state(build(), nnx.Not(nnx.Param)))()
     random = np.random.default_rng(1)
+    # Drawn here, for a program that draws them takes as long to compile as the layer's forward pass.
+    params = jax.tree.map(
+        lambda p: jax.device_put(0.3 * random.normal(size=p.shape).astype(np.float32), p.sharding), like
+    )
     x, y_bar = (random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(np.float32) for _ in range(2))
     token_id = random.integers(0, 50, (BATCH, SEQUENCE)).astype(np.int32)
     mask = np.arange(SEQUENCE) < SEQUENCE - np.arange(BATCH)[:, None]  # padding, but for the first sequence
@@ -143,8 +148,10 @@ def step(config):
 
     @jax.jit
     def run(params, rest, x):
+        keys = jax.random.split(jax.random.key(0), BATCH)
+
         def loss(params, x):
-            y, statistics = nnx.merge(graph, params, rest)(x, token_id, mask, jax.random.key(0))
+            y, statistics = nnx.merge(graph, params, rest)(x, token_id, mask, keys)
             stacked = jax.tree.map(lambda s: s[None], statistics)
             batch = jax.lax.stop_gradient(moe.balance.totals(stacked))
             losses = [b(stacked, batch) for b in config.balance if isinstance(b, moe.balance.BalanceLoss)]

@@ -1,5 +1,7 @@
 """Schedules at their corners, what decays and what does not, and Muon against itself on single matrices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,21 @@ def test_a_factor_lies_between_0_and_1_and_never_rises_after_warm_up(family, war
 def test_the_rate_is_the_peak_times_the_factor():
     rate = AdamW(learning_rate=0.02, schedule=Linear(warmup=4, final=0.0)).rate(14)
     np.testing.assert_allclose([rate(s) for s in (0, 3, 4, 9, 14)], [0.005, 0.02, 0.02, 0.01, 0], atol=1e-7)
+
+
+def test_a_first_moment_in_bfloat16_changes_updates_by_its_rounding_alone(one_device):
+    optimizer = AdamW(learning_rate=0.1, schedule=FLAT, weight_decay=0.0, first_moment="bfloat16")
+    params, gradients = values(seed=0), [values(seed) for seed in range(1, 5)]
+    state = optimizer.build(params, steps=10).init(params)
+    stored = {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "mu"))}
+    assert stored == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "nu"))} == {jnp.dtype("float32")}
+
+    exact = run(dataclasses.replace(optimizer, first_moment="float32"), params, gradients)
+    rounded = run(optimizer, params, gradients)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (exact, params)), strict=True)]
+    apart = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (exact, rounded)), strict=True)]
+    assert all(0 < d < 0.01 * m for d, m in zip(apart, moved, strict=True))
 
 
 @pytest.mark.parametrize("family", [AdamW, Muon])

@@ -24,11 +24,11 @@ from typing import Any
 import jax
 
 from moe.ablation.ablation import Run
-from moe.ablation.machine import machine
 from moe.ablation.progress import Listener, SweepProgress
 from moe.ablation.results import FAILURE, MACHINE, read_result
 from moe.errors import UserError, one_line
 from moe.experiment import Experiment
+from moe.machine import machine
 
 Train = Callable[[Experiment, Path], Any]
 """`train` of train.py: returns at the run's last step, or earlier if SIGTERM asked it to."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from moe.dispatch.dispatch import Dispatch
-from moe.dispatch.plan import Plan, ranks_within_expert
+from moe.dispatch.plan import queues
 from moe.errors import UserError
-from moe.kernels import Groups
+from moe.kernels import Groups, Plan
 from moe.routing.assignment import Routing
 
 
@@ -42,7 +42,7 @@ class Capacity(Dispatch):
         groups, assignments = routing.expert.shape
         capacity = min(math.ceil(self.capacity_factor * assignments / num_experts), assignments)
 
-        rank = jax.vmap(lambda r: self._rank(r.expert, r.combine_weight, r.per_token))(routing)
+        rank = jax.vmap(lambda r: self._rank(r, num_experts))(routing)
         dropped = rank >= capacity
         expert = routing.expert - first_expert
         here = (expert >= 0) & (expert < local_experts)
@@ -57,13 +57,15 @@ class Capacity(Dispatch):
             row.reshape(-1), token.reshape(-1), (here & dropped).reshape(-1), layout, rows, routing.per_token
         )
 
-    def _rank(self, expert, combine_weight, per_token):
+    def _rank(self, routing: Routing, num_experts: int):
         """Place of each assignment in its expert's queue, for one group."""
+        expert, per_token = routing.expert, routing.per_token
         match self.priority:
             case "score":
-                order = jnp.argsort(-combine_weight, stable=True)
+                order = jnp.argsort(-routing.combine_weight, stable=True)
             case "position" if per_token is None:
-                return ranks_within_expert(expert)
+                return queues(expert, num_experts)[0]
             case "position":
                 order = rearrange(jnp.arange(expert.shape[0]), "(t k) -> (k t)", k=per_token)
-        return jnp.zeros_like(expert).at[order].set(ranks_within_expert(expert[order]), unique_indices=True)
+        rank, _ = queues(expert[order], num_experts)
+        return jnp.zeros_like(expert).at[order].set(rank, unique_indices=True)

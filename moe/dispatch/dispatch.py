@@ -9,14 +9,23 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int8
 
-from moe.dispatch.plan import Plan, assignment_rows, combine_rows, gather_rows
 from moe.errors import UserError
-from moe.kernels import Groups
+from moe.kernels import Groups, Plan, assignment_rows, combine_rows, gather_rows
 from moe.mesh import AXES, axis_size, spec
 from moe.routing.assignment import Routing
 
 ExpertWeights = dict[str, Float[Array, "E ..."]]
-ExpertFunction = Callable[[ExpertWeights, Float[Array, "R D"], Groups], Float[Array, "R D"]]
+
+
+@dataclass(frozen=True)
+class ExpertFunction:
+    """What the experts compute, whatever brings them their tokens."""
+
+    of_rows: Callable[[ExpertWeights, Float[Array, "R D"], Groups], Float[Array, "R D"]]
+    """From rows grouped by expert to rows of output."""
+
+    of_tokens: Callable[[ExpertWeights, Float[Array, "T D"], Float[Array, "A"], Plan], Float[Array, "T D"]]
+    """From tokens, combine weights and a plan to each token's weighted sum, without keeping any rows."""
 
 
 class Dispatched(NamedTuple):
@@ -80,7 +89,7 @@ class Dispatch:
             x: tokens in groups, split over the mesh by group.
             routing: fields [groups, A].
             weights: the experts' matrices [E, ...], split over the `expert` axis.
-            experts: the function from rows grouped by expert to rows of output.
+            experts: what they compute.
             first_expert: number that the first of these experts has in `routing`; assignments to experts
                 that `weights` does not hold add nothing.
             num_experts: all that `routing` chooses from; None where `weights` holds every one of them.
@@ -136,7 +145,7 @@ class Dispatch:
             x: all tokens that lie before this device.
             routing: their assignments, to any device's experts.
             weights: of this device's experts.
-            experts: the function from rows grouped by expert to rows of output.
+            experts: what they compute.
             first_expert: index of this device's first expert.
             num_experts: E, all that the assignments are spread over.
             keep_outputs: the third result is each assignment's output, zeros where it has none; else None.
@@ -144,10 +153,13 @@ class Dispatch:
         groups, tokens_per_group, width = x.shape
         local_experts = next(iter(weights.values())).shape[0]
         plan = self.plan(routing, tokens_per_group, first_expert, local_experts, num_experts)
-        flat = x.reshape(groups * tokens_per_group, width)
-        rows = experts(weights, gather_rows(flat, plan), plan.groups)
-        y = combine_rows(rows, routing.combine_weight.reshape(-1), plan, flat[:, 0])
-        outputs = assignment_rows(rows, plan).reshape(groups, -1, width) if keep_outputs else None
+        flat, combine_weight = x.reshape(groups * tokens_per_group, width), routing.combine_weight.reshape(-1)
+        if keep_outputs:
+            rows = experts.of_rows(weights, gather_rows(flat, plan), plan.groups)
+            y = combine_rows(rows, combine_weight, plan, flat[:, 0])
+            outputs = assignment_rows(rows, plan).reshape(groups, -1, width)
+        else:
+            y, outputs = experts.of_tokens(weights, flat, combine_weight, plan), None
         return y.reshape(x.shape), plan.dropped.reshape(groups, -1).astype("int8"), outputs
 
     def _cut(self, arrays, groups: int) -> list:

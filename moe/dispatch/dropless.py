@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from moe.dispatch.dispatch import Dispatch
-from moe.dispatch.plan import Plan, ranks_within_expert
-from moe.kernels import Groups, rows_needed
+from moe.dispatch.plan import queues
+from moe.kernels import Groups, Plan, rows_needed
 from moe.routing.assignment import Routing
 
 
@@ -27,9 +27,9 @@ class Dropless(Dispatch):
         here = (expert >= 0) & (expert < local_experts)
         expert = jnp.where(here, expert, local_experts)
 
-        sizes = jnp.sum(expert[:, None] == jnp.arange(local_experts), axis=0, dtype=jnp.int32)
+        rank, sizes = queues(expert, local_experts)
         layout = Groups(sizes, self.tile)
         rows = rows_needed(expert.shape[0], local_experts, self.tile)
         start = layout.starts().at[expert].get(mode="fill", fill_value=0)
-        row = jnp.where(here, start + ranks_within_expert(expert), rows)
+        row = jnp.where(here, start + rank, rows)
         return Plan.build(row, token, jnp.zeros_like(here), layout, rows, routing.per_token)

@@ -54,7 +54,7 @@ class OneHot(Dispatch):
         each = groups * capacity
         sizes = jnp.full_like(routing.expert, each, shape=(local_experts,))
         layout = Groups(sizes, tile=each, uniform=True)
-        out = experts(weights, rows.reshape(-1, width), layout).reshape(rows.shape)
+        out = experts.of_rows(weights, rows.reshape(-1, width), layout).reshape(rows.shape)
         y = jnp.einsum("gtec,egcd->gtd", combine, out)
         outputs = jnp.einsum("gaec,egcd->gad", place, out) if keep_outputs else None
         return y, jnp.sum(chosen * (position >= capacity), axis=2).astype("int8"), outputs

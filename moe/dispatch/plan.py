@@ -1,137 +1,27 @@
-"""Where every assignment's row lies among the rows grouped by expert, and the two moves along that map."""
+"""Each assignment's place in the queue of its expert."""
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from moe.kernels import Groups
-
-MOST_GATHERS = 16  # of one fusion: more cost more to compile than they save
+BLOCK = 32  # assignments compared with each other: as many as the CPU's vectors take at once
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Plan:
-    """A one-to-one map between assignments and rows, for the tokens and experts of one device."""
+def queues(expert: Int[Array, "A"], num_experts: int) -> tuple[Int[Array, "A"], Int[Array, "E"]]:
+    """How many earlier assignments go to the same expert, and how many go to each in all.
 
-    row: Int[Array, "A"]
-    """Row of each assignment; R where it has none (dropped, or another device's expert)."""
-
-    token: Int[Array, "A"]
-    """Token of each assignment."""
-
-    assignment: Int[Array, "R"]
-    """Assignment of each row; A where the row is padding."""
-
-    dropped: Bool[Array, "A"]
-    """Assignments lost for want of capacity."""
-
-    groups: Groups
-
-    per_token: int | None = jax.tree.static()
-    """K where assignments are token-major with exactly K a token (see `Routing`)."""
-
-    @staticmethod
-    def build(row, token, dropped, groups: Groups, rows: int, per_token: int | None) -> "Plan":
-        """Complete a plan from each assignment's row by inverting it."""
-        assignments = row.shape[0]
-        assignment = jnp.full_like(row, assignments, shape=(rows,))
-        assignment = assignment.at[row].set(jnp.arange(assignments), mode="drop")
-        return Plan(row, token, assignment, dropped, groups, per_token)
-
-
-def ranks_within_expert(expert: Int[Array, "A"]) -> Int[Array, "A"]:
-    """How many earlier assignments go to the same expert.
-
-    By one stable sort: rank among all minus rank of the expert's first.
-    """
-    order = jnp.argsort(expert, stable=True)
-    sorted_expert = expert[order]
-    first = jnp.searchsorted(sorted_expert, sorted_expert, side="left")
-    rank = jnp.arange(expert.shape[0]) - first
-    return jnp.zeros_like(expert).at[order].set(rank.astype(expert.dtype), unique_indices=True)
-
-
-@jax.custom_vjp
-def gather_rows(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
-    """Each row's token; rows of padding hold zeros.
-
-    The gradient is a gather too: a token's cotangent is the sum over its K rows, so nothing is scattered.
-    """
-    token = _row_token(plan, x.shape[0])
-    return x.at[token].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def combine_rows(
-    rows: Float[Array, "R D"], combine_weight: Float[Array, "A"], plan: Plan, tokens: Float[Array, "T"]
-) -> Float[Array, "T D"]:
-    """Weighted sum of each token's rows; an assignment without a row adds nothing.
+    A counting sort: the assignments of a block are compared with each other, and only counts are summed over
+    the blocks, so that nothing of A * E numbers is held and nothing is sorted.
 
     Args:
-        rows: expert outputs.
-        combine_weight: gate value of each assignment, float32.
-        plan: the map.
-        tokens: any array whose length is the number of tokens.
+        expert: of each assignment; those beyond the last count for nobody, and their rank means nothing.
+        num_experts: E.
     """
-    return _sum_by_token(rows, plan, tokens.shape[0], combine_weight)
-
-
-def _row_token(plan: Plan, tokens: int):
-    """Token of each row; `tokens` for padding, which gathers with mode='fill' turn into zeros."""
-    return plan.token.at[plan.assignment].get(mode="fill", fill_value=tokens)
-
-
-def assignment_rows(rows: Float[Array, "R D"], plan: Plan) -> Float[Array, "A D"]:
-    """Each assignment's row; zeros where it has none."""
-    return rows.at[plan.row].get(mode="fill", fill_value=0)
-
-
-def _sum_by_token(
-    rows: Float[Array, "R D"], plan: Plan, tokens: int, weight: Float[Array, "A"] | None = None
-) -> Float[Array, "T D"]:
-    """Each token's rows, times their weights if given, summed in float32 or wider."""
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    weight = jnp.ones_like(plan.row, dtype=wide) if weight is None else weight.astype(wide)
-
-    def weighted(row, weight):
-        return rows.at[row].get(mode="fill", fill_value=0).astype(wide) * weight[..., None]
-
-    if plan.per_token is None:
-        total = jax.ops.segment_sum(weighted(plan.row, weight), plan.token, num_segments=tokens)
-        return total.astype(rows.dtype)
-    row, weight = (a.reshape(tokens, plan.per_token) for a in (plan.row, weight))
-    if plan.per_token > MOST_GATHERS:
-        return weighted(row, weight).sum(1).astype(rows.dtype)
-    # One gather for each choice, all in one fusion: XLA's CPU sum over a short inner axis is slow.
-    choices = [weighted(row[:, j], weight[:, j]) for j in range(plan.per_token)]
-    return sum(choices[1:], start=choices[0]).astype(rows.dtype)
-
-
-def _gather_forward(x, plan):
-    return gather_rows(x, plan), (plan, jnp.zeros_like(x, shape=(x.shape[0],)))
-
-
-def _gather_backward(saved, rows_bar):
-    plan, tokens = saved
-    return _sum_by_token(rows_bar, plan, tokens.shape[0]), None
-
-
-def _combine_forward(rows, combine_weight, plan, tokens):
-    return combine_rows(rows, combine_weight, plan, tokens), (rows, combine_weight, plan, tokens)
-
-
-def _combine_backward(saved, y_bar):
-    rows, combine_weight, plan, tokens = saved
-    row_weight = combine_weight.at[plan.assignment].get(mode="fill", fill_value=0)
-    row_y_bar = y_bar.at[_row_token(plan, tokens.shape[0])].get(mode="fill", fill_value=0)
-    rows_bar = row_y_bar * row_weight[:, None].astype(rows.dtype)
-    row_products = jnp.sum(row_y_bar.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
-    weight_bar = row_products.at[plan.row].get(mode="fill", fill_value=0)
-    return rows_bar, weight_bar.astype(combine_weight.dtype), None, None
-
-
-gather_rows.defvjp(_gather_forward, _gather_backward)
-combine_rows.defvjp(_combine_forward, _combine_backward)
+    padding = -expert.shape[0] % BLOCK
+    blocks = jnp.pad(expert, (0, padding), constant_values=num_experts).reshape(-1, BLOCK)
+    # Summed over the middle axis: a GPU's threads then sum by themselves, without each other.
+    counts = jnp.sum(blocks[:, :, None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32)
+    until = jnp.cumsum(counts, axis=0)
+    before = jnp.take_along_axis(until - counts, blocks, axis=1, mode="clip")
+    earlier = jnp.arange(BLOCK)[:, None] < jnp.arange(BLOCK)
+    within = jnp.sum((blocks[:, :, None] == blocks[:, None, :]) & earlier, axis=1, dtype=jnp.int32)
+    return (before + within).reshape(-1)[: expert.shape[0]], until[-1]

@@ -5,5 +5,21 @@ from moe.kernels.grouped_matmul import grouped_matmul
 from moe.kernels.groups import Groups, rows_needed
 from moe.kernels.linear import linear
 from moe.kernels.linear_cross_entropy import linear_cross_entropy
+from moe.kernels.linear_float32 import linear_float32
+from moe.kernels.permute import Plan, assignment_rows, combine_rows, gather_rows
+from moe.kernels.routed_mlp import routed_mlp
 
-__all__ = ["Groups", "expert_mlp", "grouped_matmul", "linear", "linear_cross_entropy", "rows_needed"]
+__all__ = [
+    "Groups",
+    "Plan",
+    "assignment_rows",
+    "combine_rows",
+    "expert_mlp",
+    "gather_rows",
+    "grouped_matmul",
+    "linear",
+    "linear_cross_entropy",
+    "linear_float32",
+    "routed_mlp",
+    "rows_needed",
+]

@@ -82,8 +82,9 @@ def _forward_composed(rows, w_gate, w_up, w_down, groups):
 
 def _backward_composed(rows, w_gate, w_up, w_down, groups, gate, up, y_bar):
     hidden, swiglu_vjp = jax.vjp(swiglu, gate, up)
-    gate_bar, up_bar = swiglu_vjp(product(y_bar, _transposed(w_down), groups))
-    rows_bar = product(gate_bar, _transposed(w_gate), groups) + product(up_bar, _transposed(w_up), groups)
+    gate_bar, up_bar = swiglu_vjp(product(y_bar, w_down, groups, transposed=True))
+    rows_bar = product(gate_bar, w_gate, groups, transposed=True)
+    rows_bar += product(up_bar, w_up, groups, transposed=True)
     w_gate_bar, w_up_bar = (transpose_product(rows, bar, groups) for bar in (gate_bar, up_bar))
     return rows_bar, w_gate_bar, w_up_bar, transpose_product(hidden, y_bar, groups)
 
@@ -127,7 +128,3 @@ def _loop_and_w_in(rows, w_gate, w_up, groups):
     fitting = MATRIX_BYTES_AT_ONCE * w_in.shape[0] // (w_in.size * w_in.dtype.itemsize)
     at_once = largest_divisor(rows.shape[0] // groups.tile, most=min(fitting, MOST_TILES_AT_ONCE))
     return TileLoop.over(groups, rows.shape[0], at_once=at_once), w_in
-
-
-def _transposed(w: Float[Array, "E D F"]) -> Float[Array, "E F D"]:
-    return jnp.swapaxes(w, 1, 2)

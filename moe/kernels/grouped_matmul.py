@@ -2,6 +2,7 @@
 
 One implementation a platform, chosen in `product` and `transpose_product`:
 
+    Hopper     kernels of `moe.kernels.hopper`
     CPU, GPU   a loop over row tiles (`moe.kernels.tiles`)
     TPU        `lax.ragged_dot`, which lowers to a native grouped kernel there
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe.kernels import hopper
 from moe.kernels.groups import TILES_AT_ONCE, Groups
 from moe.kernels.tiles import TileLoop, multiply, multiply_transposed
 
@@ -49,7 +51,7 @@ def _forward(rows, w, groups):
 
 def _backward(saved, cotangent):
     rows, w, groups = saved
-    rows_bar = product(cotangent, jnp.swapaxes(w, 1, 2), groups)
+    rows_bar = product(cotangent, w, groups, transposed=True)
     w_bar = transpose_product(rows, cotangent, groups)
     return rows_bar, w_bar.astype(w.dtype), None
 
@@ -57,11 +59,15 @@ def _backward(saved, cotangent):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def product(rows: Float[Array, "R D"], w: Float[Array, "E D F"], groups: Groups) -> Float[Array, "R F"]:
-    """`grouped_matmul` on this platform, not differentiable."""
+def product(
+    rows: Float[Array, "R D"], w: Float[Array, "E D F"], groups: Groups, *, transposed: bool = False
+) -> Float[Array, "R F"]:
+    """`grouped_matmul` on this platform, not differentiable; with `transposed` w is [E, F, D]."""
+    if hopper.fits(groups, rows, w):
+        return hopper.product(rows, w, groups, transposed=transposed)
     return jax.lax.platform_dependent(
         rows,
-        w,
+        jnp.swapaxes(w, 1, 2) if transposed else w,
         groups,
         cpu=partial(_product_loop, at_once=TILES_AT_ONCE, all_tiles=False),
         cuda=partial(_product_loop, at_once=1, all_tiles=True),
@@ -72,7 +78,12 @@ def product(rows: Float[Array, "R D"], w: Float[Array, "E D F"], groups: Groups)
 def transpose_product(
     rows: Float[Array, "R D"], cotangent: Float[Array, "R F"], groups: Groups
 ) -> Float[Array, "E D F"]:
-    """rows_e^T @ cotangent_e over the rows of each expert, float32: the gradient of its matrix."""
+    """rows_e^T @ cotangent_e over the rows of each expert: the gradient of its matrix.
+
+    Summed in float32, and left so but on Hopper, whose kernel rounds to the dtype of the rows.
+    """
+    if hopper.fits(groups, rows, cotangent):
+        return hopper.weight_gradient(rows, cotangent, groups)[0]
     return jax.lax.platform_dependent(
         rows,
         cotangent,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.errors import UserError
 from moe.kernels import linear
+from moe.kernels.attention import causal_attention
 from moe.nn.norm import RMSNorm
 from moe.nn.parameter import normal, use
 
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = (rotate(a, positions, self.config.rope_theta) for a in (q, k))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = causal_attention(q, k, v)
         return linear(rearrange(y, "B S H h -> B S (H h)"), use(self.w_out, self.dtype))
 
     def _project(self, x):

@@ -23,7 +23,7 @@ def blend(
         x: tokens in groups, split over the mesh by group.
         how: a `Mixture` or a `Merger`, fields [groups, ...].
         weights: the experts' matrices [E, ...], split over the `expert` axis.
-        experts: the function from rows grouped by expert to rows of output.
+        experts: what they compute.
     """
     match how:
         case Mixture():
@@ -82,4 +82,4 @@ def _uniform(experts, weights, rows: Float[Array, "E R D"]) -> Float[Array, "E R
     count, each, width = rows.shape
     sizes = jnp.full_like(rows, each, dtype=jnp.int32, shape=(count,))
     layout = Groups(sizes, tile=each, uniform=True)
-    return experts(weights, rows.reshape(count * each, width), layout).reshape(rows.shape)
+    return experts.of_rows(weights, rows.reshape(count * each, width), layout).reshape(rows.shape)

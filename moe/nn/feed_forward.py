@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moe.dispatch import Dispatch, Dispatched
-from moe.kernels import Groups, expert_mlp, linear
+from moe.dispatch import Dispatch, Dispatched, ExpertFunction
+from moe.kernels import Groups, Plan, expert_mlp, linear, routed_mlp
 from moe.nn.parameter import normal, use
 from moe.routing import Routing
 
@@ -27,6 +27,17 @@ class FeedForward(nnx.Module):
         gate = linear(x, use(self.w_gate, self.dtype))
         up = linear(x, use(self.w_up, self.dtype))
         return linear(jax.nn.silu(gate) * up, use(self.w_down, self.dtype))
+
+
+def _rows(weights: dict, rows: Float[Array, "R D"], groups: Groups) -> Float[Array, "R D"]:
+    return expert_mlp(rows, weights["w_gate"], weights["w_up"], weights["w_down"], groups)
+
+
+def _tokens(weights: dict, x: Float[Array, "T D"], combine_weight: Float[Array, "A"], plan: Plan):
+    return routed_mlp(x, weights["w_gate"], weights["w_up"], weights["w_down"], combine_weight, plan)
+
+
+SWIGLU_EXPERTS = ExpertFunction(of_rows=_rows, of_tokens=_tokens)
 
 
 class Experts(nnx.Module):
@@ -59,21 +70,16 @@ class Experts(nnx.Module):
             x,
             routing,
             self.weights(),
-            self.apply,
+            SWIGLU_EXPERTS,
             first_expert=first_expert,
             num_experts=num_experts,
             keep_outputs=keep_outputs,
         )
 
     def weights(self) -> dict[str, Float[Array, "E ..."]]:
-        """The matrices in compute precision, split over experts only: what a dispatch carries to `apply`."""
+        """The matrices in compute precision, split over experts only: what a dispatch carries."""
         named = {"w_gate": self.w_gate, "w_up": self.w_up, "w_down": self.w_down}
         return {name: use(param, self.dtype, "expert") for name, param in named.items()}
-
-    @staticmethod
-    def apply(weights: dict, rows: Float[Array, "R D"], groups: Groups) -> Float[Array, "R D"]:
-        """Each row through its expert."""
-        return expert_mlp(rows, weights["w_gate"], weights["w_up"], weights["w_down"], groups)
 
 
 class MixedExperts(nnx.Module):

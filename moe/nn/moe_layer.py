@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
@@ -11,7 +12,7 @@ from moe.balance import GroupView, RoutingStatistics, measure
 from moe.dispatch import Dispatched
 from moe.mesh import spec
 from moe.nn.blending import blend
-from moe.nn.feed_forward import Experts, MixedExperts
+from moe.nn.feed_forward import SWIGLU_EXPERTS, Experts, MixedExperts
 from moe.nn.free_experts import FreeExpertLayer
 from moe.nn.latent_projection import LatentProjection
 from moe.nn.moe_config import MoEConfig
@@ -59,7 +60,7 @@ class MoELayer(nnx.Module):
         x: Float[Array, "B S D"],
         token_id: Int[Array, "B S"],
         mask: Bool[Array, "B S"],
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, "B"] | None = None,
         layer: Int[ArrayLike, ""] = 0,
     ) -> tuple[Float[Array, "B S D"], RoutingStatistics]:
         """Apply the layer.
@@ -68,7 +69,7 @@ class MoELayer(nnx.Module):
             x: tokens.
             token_id: their vocabulary ids.
             mask: False for padding, which statistics leave out.
-            key: randomness of this step and layer while training.
+            keys: randomness of this step while training, one key a sequence.
             layer: index of this layer among the MoE layers.
 
         Returns:
@@ -81,7 +82,7 @@ class MoELayer(nnx.Module):
             for a in (x, token_id, mask)
         )
         logits = self._logits(grouped)
-        routing = self._route(grouped, logits, ids, group_mask, key, layer)
+        routing = self._route(grouped, logits, ids, group_mask, keys, layer)
         y, dropped, outputs = self._experts(grouped, routing)
         if routing.default_weight is not None:
             default = self.strategy_state["default_output"][...].astype(self.dtype)
@@ -110,12 +111,8 @@ class MoELayer(nnx.Module):
     def _bias(self):
         return self.controller_state["bias"][...] if self.config.controller else None
 
-    def _route(self, grouped, logits, ids, mask, key, layer) -> Routing:
-        keys = (
-            None
-            if key is None
-            else jax.sharding.reshard(jax.random.split(key, logits.shape[0]), spec("batch"))
-        )
+    def _route(self, grouped, logits, ids, mask, keys, layer) -> Routing:
+        keys = None if keys is None else _group_keys(keys, len(logits), layer)
         bias = self._bias()
         trained = {name: _as_given(p) for name, p in self.strategy.items()}
         state = _values(self.strategy_state)
@@ -131,7 +128,7 @@ class MoELayer(nnx.Module):
         """What the routed experts, free ones included, give for each token."""
         latent = self.latent.down(grouped) if self.config.latent_width else grouped
         if isinstance(routing, Blend) and isinstance(self.experts, Experts):
-            y, dropped, outputs = blend(latent, routing, self.experts.weights(), Experts.apply)
+            y, dropped, outputs = blend(latent, routing, self.experts.weights(), SWIGLU_EXPERTS)
         else:
             y, dropped, outputs = self.experts(
                 latent,
@@ -164,6 +161,14 @@ class MoELayer(nnx.Module):
         in_axes = (0, 0, 0, None if outputs is None else 0)
         observed = jax.vmap(one_group, in_axes=in_axes)(routing, logits, mask, outputs)
         return replace(routing, observed=observed)
+
+
+def _group_keys(keys: Key[Array, "B"], groups: int, layer) -> Key[Array, "groups"]:
+    """A group's key is that of its first sequence, folded with the layer and the group's number in it."""
+    first = keys[np.arange(groups) * len(keys) // groups]
+    number = jnp.arange(groups) % max(groups // len(keys), 1)
+    first, number = jax.sharding.reshard((first, number), spec("batch"))
+    return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, layer), n))(first, number)
 
 
 def _small_parameter(value) -> nnx.Param:

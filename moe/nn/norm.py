@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise; the result has the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
+        return _normalise(x, self.scale[...], self.epsilon)
+
+
+# Backward keeps `x` alone, which others keep too, and makes the two float32 arrays of its size again.
+@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _normalise(x: Float[Array, "... D"], scale: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype)

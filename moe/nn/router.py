@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe.errors import UserError
+from moe.kernels import linear_float32
 from moe.nn.parameter import normal
 
 MIN_TEMPERATURE = 0.01  # of a cosine router
@@ -121,7 +122,7 @@ class LinearRouterModule(RouterModule):
 
     def __call__(self, x: Float[Array, "groups T D"]) -> Float[Array, "groups T E"]:
         """See `RouterModule`."""
-        return _product(x, self.w[...])
+        return linear_float32(x, self.w[...])
 
     def matrix(self) -> Float[Array, "D E"]:
         """The matrix."""
@@ -139,7 +140,9 @@ class CosineRouterModule(RouterModule):
     def __call__(self, x: Float[Array, "groups T D"]) -> Float[Array, "groups T E"]:
         """See `RouterModule`."""
         scale = jnp.exp(jnp.minimum(self.log_scale[...], -math.log(MIN_TEMPERATURE)))
-        return scale * _product(_direction(_product(x, self.w_project[...]), axis=-1), self.matrix())
+        return scale * linear_float32(
+            _direction(linear_float32(x, self.w_project[...]), axis=-1), self.matrix()
+        )
 
     def matrix(self) -> Float[Array, "_ E"]:
         """The experts' directions, each of length one."""
@@ -155,15 +158,11 @@ class MLPRouterModule(RouterModule):
 
     def __call__(self, x: Float[Array, "groups T D"]) -> Float[Array, "groups T E"]:
         """See `RouterModule`."""
-        return _product(jnp.tanh(_product(x, self.w_hidden[...])), self.w[...])
+        return linear_float32(jnp.tanh(linear_float32(x, self.w_hidden[...])), self.w[...])
 
     def matrix(self) -> Float[Array, "_ E"]:
         """The matrix behind the hidden layer."""
         return self.w[...]
-
-
-def _product(x, w):
-    return jnp.matmul(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
 
 def _direction(x, axis: int):

@@ -71,6 +71,10 @@ class TransformerConfig:
     remat: Remat = "none"
     """What backward recomputes: none, all but parameter matrix products (dots), or whole layers (full)."""
 
+    unroll: bool = False
+    """Compile every layer by itself instead of one loop over them: longer to compile, but what backward needs
+    is not copied in and out of stacks, which on a GPU takes a tenth of a step."""
+
     def __post_init__(self):
         if not self.layers or set(self.layers) - set("DMdm"):
             raise UserError(
@@ -129,7 +133,7 @@ class Block(nnx.Module):
             self.dense = FeedForward(config.width, config.dense_width, **shared)
 
     def __call__(
-        self, x, token_id, mask, key, layer
+        self, x, token_id, mask, keys, layer
     ) -> tuple[Float[Array, "B S D"], RoutingStatistics | None]:
         """Apply the block; statistics only where there is a mixture."""
 
@@ -137,7 +141,7 @@ class Block(nnx.Module):
             x = x + self.attention(self.attention_norm(x), positions)
             normed = self.feed_forward_norm(x)
             if hasattr(self, "moe"):
-                y, statistics = self.moe(normed, token_id, mask, key, layer)
+                y, statistics = self.moe(normed, token_id, mask, keys, layer)
                 return x + y, statistics
             return x + self.dense(normed), None
 
@@ -152,15 +156,14 @@ class Unit(nnx.Module):
     def __init__(self, config: TransformerConfig, kinds: str, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(config, kind, rngs) for kind in kinds])
 
-    def __call__(self, x, token_id, mask, key, layer):
+    def __call__(self, x, token_id, mask, keys, layer):
         """Apply the blocks; statistics of the MoE ones, stacked [M layers of the unit, B, ...].
 
         `layer` is the index of the unit's first MoE layer among all of them.
         """
         statistics = []
-        for index, block in enumerate(self.blocks):
-            block_key = None if key is None else jax.random.fold_in(key, index)
-            x, measured = block(x, token_id, mask, block_key, layer + len(statistics))
+        for block in self.blocks:
+            x, measured = block(x, token_id, mask, keys, layer + len(statistics))
             statistics += [] if measured is None else [measured]
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *statistics) if statistics else None
 
@@ -190,22 +193,24 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         mask: Bool[Array, "B S"] | None = None,
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], RoutingStatistics | None]:
         """Final hidden states, and routing statistics [L, B, ...] of the MoE layers, bottom first.
 
         Args:
             tokens: vocabulary ids.
             mask: False for padding (routing statistics leave it out); None where there is none.
-            key: randomness of this step while training.
+            keys: randomness of this step while training, one key a sequence: what is drawn does not follow
+                from how sequences are put together in micro-batches.
         """
         mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask
         tokens, mask = jax.sharding.reshard((tokens, mask), spec("batch"))
-        x = use(self.embedding, self.config.dtype).at[tokens].get(out_sharding=spec("batch"))
+        # Cast after the look-up, so that a token's gradient is summed over its places in float32.
+        x = use(self.embedding, jnp.dtype("float32")).at[tokens].get(out_sharding=spec("batch"))
+        x = x.astype(self.config.dtype)
         statistics = []
-        for index, (stack, first) in enumerate(zip(self.stacks, self._first_layers(), strict=True)):
-            stack_key = None if key is None else jax.random.fold_in(key, index)
-            x, measured = self._scan(stack, x, tokens, mask, stack_key, first)
+        for stack, first in zip(self.stacks, self._first_layers(), strict=True):
+            x, measured = self._scan(stack, x, tokens, mask, keys, first)
             statistics += [] if measured is None else [measured]
         merged = jax.tree.map(lambda *s: jnp.concatenate(s), *statistics) if statistics else None
         return self.final_norm(x), merged
@@ -248,19 +253,20 @@ class Transformer(nnx.Module):
             for index, layer in enumerate(layers):
                 yield layer, first + index + len(layers) * np.arange(count)
 
-    def _scan(self, stack: Unit, x, tokens, mask, key, first: int):
+    def _scan(self, stack: Unit, x, tokens, mask, keys, first: int):
         structure, layers = nnx.split(stack)
         count = jax.tree.leaves(layers)[0].shape[0]
-        keys = None if key is None else jax.random.split(key, count)
         moe_layers = first + sum(hasattr(block, "moe") for block in stack.blocks) * jnp.arange(count)
 
         def body(x, layer):
-            state, layer_key, index = layer
-            return nnx.merge(structure, state)(x, tokens, mask, layer_key, index)
+            state, index = layer
+            return nnx.merge(structure, state)(x, tokens, mask, keys, index)
 
         if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        x, statistics = jax.lax.scan(body, x, (layers, keys, moe_layers))
+            # In a loop nothing can be shared between the passes anyway, and the barriers cost something.
+            policy, unroll = REMAT_POLICIES[self.config.remat], self.config.unroll
+            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+        x, statistics = jax.lax.scan(body, x, (layers, moe_layers), unroll=self.config.unroll)
         # [units, M layers a unit, B, ...] -> [layers, B, ...]
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), statistics)
 

@@ -82,7 +82,8 @@ class Context:
     """False for padding."""
 
     key: Key[Array, ""] | None = None
-    """Randomness of this step, layer and group while training; None in evaluation."""
+    """Randomness of this step, layer and group while training, whatever the layout of the run; None in
+    evaluation."""
 
     x: Float[Array, "T D"] | None = None
     """The tokens themselves, as the router sees them."""

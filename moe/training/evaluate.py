@@ -1,6 +1,7 @@
 """Quality on the validation data, slice by slice."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -69,22 +70,36 @@ def evaluate(
     token_bytes = jnp.asarray(dataset.token_bytes)
     sums = {}
     for name in dataset.slices:
-        batches = validation_batches(
-            dataset,
-            name,
-            batch_size=batch_size,
-            sequence_length=data.sequence_length,
-            max_tokens=tokens,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
         parts = [
             eval_step(params, controllers, to_devices(b["tokens"]), to_devices(b["weight"]), token_bytes)
-            for b in batches
+            for b in slice_rows(dataset, name, data, batch_size=batch_size, tokens=tokens)
         ]
         sums[name] = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64), axis=0), *parts)
     total = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *sums.values())
     return Evaluation({name: _result(s) for name, s in sums.items()}, _result(total))
+
+
+def slice_rows(
+    dataset: Dataset, name: str, data: Data, *, batch_size: int, tokens: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's rows of the validation data of one slice, as `validation_batches` gives them.
+
+    Args:
+        dataset: the prepared text.
+        name: of the slice.
+        data: its config, for the sequence length.
+        batch_size: sequences at once, over all devices.
+        tokens: most tokens, spread over the slice; None takes all.
+    """
+    return validation_batches(
+        dataset,
+        name,
+        batch_size=batch_size,
+        sequence_length=data.sequence_length,
+        max_tokens=tokens,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
 
 
 def to_devices(rows: np.ndarray) -> jax.Array:

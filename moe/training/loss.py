@@ -33,7 +33,7 @@ def training_loss(
     model: Transformer,
     tokens: Int[Array, "B S+1"],
     batch: RoutingStatistics | None = None,
-    key: Key[Array, ""] | None = None,
+    keys: Key[Array, "B"] | None = None,
     *,
     chunks: int = 1,
 ) -> tuple[Float[Array, ""], LossParts]:
@@ -44,10 +44,10 @@ def training_loss(
         tokens: inputs and, shifted by one, targets.
         batch: statistics of the whole batch where the micro-batch is only a part of it (`BalanceLoss`);
             None takes this micro-batch for the whole.
-        key: randomness of this step.
+        keys: randomness of this step, one key a row.
         chunks: see `linear_cross_entropy`.
     """
-    hidden, statistics = model(tokens[:, :-1], key=key)
+    hidden, statistics = model(tokens[:, :-1], keys=keys)
     mean, nll = linear_cross_entropy(hidden, model.output_head(), tokens[:, 1:], chunks)
     balance = balance_loss(model, statistics, batch)
     targets = jnp.full_like(nll[:, 0], nll.shape[1])

@@ -9,13 +9,13 @@ import numpy as np
 from flax import nnx
 
 from moe.analysis.routing import Recorder, Recording, by_token, join
-from moe.data import Dataset, train_batches, validation_batches
+from moe.data import Dataset, train_batches
 from moe.errors import UserError
 from moe.experiment import Experiment
 from moe.mesh import spec
 from moe.nn import TransformerConfig, structure
 from moe.routing import Blending
-from moe.training.evaluate import to_devices
+from moe.training.evaluate import slice_rows, to_devices
 
 Batch = dict[str, np.ndarray]
 
@@ -52,15 +52,7 @@ def validation_rows(
         tokens: most tokens of a slice, spread over it; None takes all.
     """
     for index, name in enumerate(dataset.slices):
-        for batch in validation_batches(
-            dataset,
-            name,
-            batch_size=batch_size,
-            sequence_length=experiment.data.sequence_length,
-            max_tokens=tokens,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        ):
+        for batch in slice_rows(dataset, name, experiment.data, batch_size=batch_size, tokens=tokens):
             yield batch | {"slice": np.full(len(batch["tokens"]), index, np.int32)}
 
 

@@ -27,7 +27,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Key[Array, ""], Int[Array, "B S+1"], Int[Array, "B"], int], tuple]:
     """Build the compiled step: (state, key, tokens, slice of each row, number of slices) -> (state, metrics).
 
-    `key` is the run's, the same at every step: the step folds its number in.
+    `key` is the run's, the same at every step: the step folds its number in, and gives every row of the batch
+    a key of its own.
 
     The state given is donated. What the step computes does not depend on the layout: losses and controllers
     see the whole batch, whether it lies on one device or many and whether it is taken at once or in
@@ -42,8 +43,8 @@ def make_train_step(
     """
 
     def step(state: TrainState, key, tokens, slices, num_slices: int):
-        key = jax.random.fold_in(key, state.step)
-        loss, parts, grads = gradients(graph, state, tokens, key, accumulation=accumulation, chunks=chunks)
+        keys = jax.random.split(jax.random.fold_in(key, state.step), len(tokens))
+        loss, parts, grads = gradients(graph, state, tokens, keys, accumulation=accumulation, chunks=chunks)
 
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -91,26 +92,26 @@ def gradients(
     graph: nnx.GraphDef,
     state: TrainState,
     tokens: Int[Array, "B S+1"],
-    key,
+    keys: Key[Array, "B"],
     *,
     accumulation: int,
     chunks: int,
 ) -> tuple[Float[Array, ""], LossParts, nnx.State]:
     """Loss, its parts over the whole batch, and gradients, in `accumulation` micro-batches."""
 
-    def loss(params, tokens, batch, key):
+    def loss(params, tokens, batch, keys):
         model = nnx.merge(graph, params, state.controllers)
-        return training_loss(model, tokens, batch, key, chunks=chunks)
+        return training_loss(model, tokens, batch, keys, chunks=chunks)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
-        (value, parts), grads = value_and_grad(state.params, tokens, None, key)
+        (value, parts), grads = value_and_grad(state.params, tokens, None, keys)
         return value, parts, grads
 
     micro = jax.sharding.reshard(
         jax.sharding.reshard(tokens, spec()).reshape(accumulation, -1, tokens.shape[1]), spec(None, "batch")
     )
-    keys = jax.random.split(key, accumulation)
+    keys = keys.reshape(accumulation, -1)
     batch = _batch_statistics(graph, state, micro, keys)
 
     def accumulate(total, xs):
@@ -135,7 +136,7 @@ def _batch_statistics(graph, state: TrainState, micro, keys) -> RoutingStatistic
         return None
 
     def count(xs):
-        _, statistics = nnx.merge(graph, state.params, state.controllers)(xs[0][:, :-1], key=xs[1])
+        _, statistics = nnx.merge(graph, state.params, state.controllers)(xs[0][:, :-1], keys=xs[1])
         return totals(statistics)
 
     return jax.tree.map(lambda x: x.mean(0), jax.lax.map(count, (micro, keys)))

@@ -67,7 +67,7 @@ def test_padding_has_no_say(one_device, balancer):
     def outcome(params, x, token_id):
         def loss(params):
             layer = nnx.merge(graph, params, state, copy=True)
-            _, statistics = layer(x, token_id, jnp.asarray(real), jax.random.key(1))
+            _, statistics = layer(x, token_id, jnp.asarray(real), jax.random.split(jax.random.key(1), BATCH))
             statistics = jax.tree.map(lambda a: a[None], statistics)
             batch = jax.lax.stop_gradient(totals(statistics))
             layer.update_state(jax.tree.map(lambda a: a[0], batch))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe.dispatch import Capacity, Dispatch, Dropless, OneHot
 from moe.errors import UserError
 from moe.mesh import spec
-from moe.nn.feed_forward import Experts
+from moe.nn.feed_forward import SWIGLU_EXPERTS
 from moe.routing import Routing
 
 DISPATCHES = [
@@ -40,7 +40,7 @@ def run(dispatch, per_token, x, token, expert, combine_weight, weights, y_bar):
         x, combine_weight = jax.sharding.reshard((x, combine_weight), spec("batch"))
         routing = Routing(token, expert, combine_weight, scores=None, per_token=per_token)
         weights = jax.sharding.reshard(weights, spec("expert"))
-        y, dropped, outputs = dispatch(x, routing, weights, Experts.apply, keep_outputs=True)
+        y, dropped, outputs = dispatch(x, routing, weights, SWIGLU_EXPERTS, keep_outputs=True)
         return y, (dropped, outputs)
 
     y, pullback, aside = jax.vjp(forward, x, combine_weight, weights, has_aux=True)
@@ -182,7 +182,7 @@ def test_chunks_travel_by_themselves(mesh):
         token = jnp.tile(jnp.repeat(jnp.arange(4), 2), (16, 1))
         token, expert = jax.sharding.reshard((token, jnp.zeros_like(token)), spec("batch"))
         routing = Routing(token, expert, combine_weight, scores=None, per_token=2)
-        return dispatch(x, routing, weights, Experts.apply).y
+        return dispatch(x, routing, weights, SWIGLU_EXPERTS).y
 
     mesh = jax.sharding.get_mesh()
     batch, held = (jax.NamedSharding(mesh, spec(axis)) for axis in ("batch", "expert"))

@@ -1,6 +1,7 @@
 """What eval.py measures, against a recomputation and against what the training run said."""
 
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -132,6 +133,7 @@ def test_a_run_can_be_evaluated_while_it_trains(workshop: Workshop):
     folder = workshop.runs / "going" / "checkpoints"
     while not (folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())):
         assert training.poll() is None, training.communicate()
+        time.sleep(0.05)
     evaluated = workshop.call("eval.py", "runs/going", "--tokens", "64")
     assert training.poll() is None
     training.terminate()

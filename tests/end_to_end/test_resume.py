@@ -40,7 +40,7 @@ def kill_at_write(process: subprocess.Popen, run: Path, count: int, delay: float
     before = seen = written(run)
     while len(seen - before) < count:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+        time.sleep(0.005)
         seen = seen | written(run)
     time.sleep(delay)
     process.kill()

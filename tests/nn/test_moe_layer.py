@@ -202,21 +202,23 @@ class Witness(Strategy):
         return replace(routing, scores=jnp.zeros_like(logits).at[:, 0].set(seen.astype(jnp.float32)))
 
 
-def witness(sees, key=None):
+def witness(sees, keys=None, layer_number=0, tokens_per_group=3):
     """What a strategy saw, summed over each sequence; the last sequence is padding but for one token."""
-    graph, params, rest = abstract_layer(MoEConfig(EXPERTS, 5, Witness(sees), (), tokens_per_group=3))
+    config = MoEConfig(EXPERTS, 5, Witness(sees), (), tokens_per_group=tokens_per_group)
+    graph, params, rest = abstract_layer(config)
 
     @jax.jit
-    def apply(token_id, mask, key):
+    def apply(token_id, mask, keys):
         values = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, out_sharding=p.sharding.spec), params)
         x = jnp.zeros((BATCH, SEQUENCE, WIDTH), out_sharding=spec("batch"))
         layer = nnx.merge(graph, values, rest)
-        return layer(x, *(jax.sharding.reshard(a, spec("batch")) for a in (token_id, mask)), key)[1]
+        laid_out = jax.sharding.reshard((token_id, mask), spec("batch"))
+        return layer(x, *laid_out, keys, layer_number)[1]
 
     token_id = np.arange(BATCH * SEQUENCE, dtype=np.int32).reshape(BATCH, SEQUENCE)
     mask = np.ones((BATCH, SEQUENCE), bool)
     mask[-1, 1:] = False
-    return apply(token_id, mask, key).score[:, 0], token_id, mask
+    return apply(token_id, mask, keys).score[:, 0], token_id, mask
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "4x2"], indirect=True)
@@ -227,14 +229,19 @@ def test_a_strategy_sees_its_tokens_and_their_mask(mesh):
     np.testing.assert_array_equal(seen, mask.sum(1))
 
 
-@pytest.mark.parametrize("mesh", ["1x1"], indirect=True)
-def test_every_group_has_randomness_of_its_own(mesh):
-    seen, _, _ = witness("key", jax.random.key(0))
-    again, _, _ = witness("key", jax.random.key(0))
-    other, _, _ = witness("key", jax.random.key(1))
-    assert len(set(np.asarray(seen).tolist())) == BATCH
-    np.testing.assert_array_equal(seen, again)
-    assert not np.any(seen == other)
+@pytest.mark.parametrize("mesh", ["1x1", "4x2"], indirect=True)
+@pytest.mark.parametrize("tokens", [SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE])
+def test_randomness_is_of_the_sequence_the_layer_and_the_place_in_the_sequence(mesh, tokens):
+    """And of nothing else: a group that spans sequences takes the first one's."""
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    seen, _, mask = witness("key", keys, layer_number=3, tokens_per_group=tokens)
+    drawn = np.zeros(BATCH * SEQUENCE)
+    for first in range(0, BATCH * SEQUENCE, tokens):
+        row, place = divmod(first, SEQUENCE)
+        of_layer = jax.random.fold_in(keys[row], 3)
+        of_group = jax.random.fold_in(of_layer, place // tokens)
+        drawn[first : first + tokens] = jax.random.uniform(of_group, tokens)
+    np.testing.assert_allclose(seen, (drawn.reshape(mask.shape) * mask).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", ["1x1"], indirect=True)

@@ -1,7 +1,8 @@
 """The whole transformer against layer by layer, token by token in float64; causality; order of layers."""
 
+import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,42 @@ def test_later_tokens_do_not_change_earlier_logits(one_device, tokens, position,
     logits, _ = apply(params, np.array([tokens, changed]))
     np.testing.assert_allclose(logits[0, :position], logits[1, :position], rtol=1e-5, atol=1e-5)
     assert np.abs(logits[0, position:] - logits[1, position:]).max() > 1e-3
+
+
+def gradients_of(config):
+    """Compiled gradients of a sum of logits, and random parameters for it."""
+    graph, params, _ = random_params(config, seed=4)
+
+    def total(params, tokens):
+        model = nnx.merge(graph, params)
+        return jnp.sum(jnp.sin(model.logits(model(tokens)[0])))
+
+    tokens = np.random.default_rng(5).integers(0, VOCABULARY, (BATCH, SEQUENCE))
+    return jax.jit(jax.grad(total)).lower(params, tokens).compile(), (params, tokens)
+
+
+def test_unrolled_layers_compute_what_the_loop_does_and_recompute_as_much(one_device):
+    loop, arguments = gradients_of(BASE)
+    unrolled, recomputing = (
+        gradients_of(replace(BASE, unroll=True, remat=remat))[0] for remat in ("none", "full")
+    )
+    expected = loop(*arguments)
+    for compiled in (unrolled, recomputing):
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), compiled(*arguments), expected
+        )
+    products = [compiled.cost_analysis()["flops"] for compiled in (unrolled, recomputing)]
+    assert 1.15 * products[0] < products[1] < 1.5 * products[0]
+
+
+def test_a_tokens_embedding_sums_its_gradients_in_float32(one_device):
+    graph, params, _ = random_params(replace(BASE, compute_dtype="bfloat16"), seed=6)
+    tokens = np.zeros((BATCH, SEQUENCE), np.int32)
+    program = jax.make_jaxpr(jax.grad(lambda p: nnx.merge(graph, p)(tokens)[0].astype(jnp.float32).sum()))(
+        params
+    )
+    sums = re.findall(rf"(\w+)\[{VOCABULARY},8\] = scatter-add", str(program))
+    assert sums == ["f32"]
 
 
 @pytest.mark.parametrize("layers", ["MDDM", "DMDM", "DMM", "mDM", "dmm"])

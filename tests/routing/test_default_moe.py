@@ -49,8 +49,10 @@ def run_layer(dispatch, x, y_bar, mask, default):
         token_id = jnp.zeros((BATCH, TOKENS), jnp.int32)
         token_id, mask, x, y_bar = jax.sharding.reshard((token_id, mask, x, y_bar), spec("batch"))
 
+        keys = jax.random.split(jax.random.key(0), BATCH)
+
         def forward(params):
-            return nnx.merge(graph, params, rest)(x, token_id, mask, jax.random.key(0))
+            return nnx.merge(graph, params, rest)(x, token_id, mask, keys)
 
         y, pullback, statistics = jax.vjp(forward, params, has_aux=True)
         (grads,) = pullback(y_bar)

@@ -97,8 +97,10 @@ def run_layer(strategy, x, y_bar):
         token_id, mask = jnp.zeros((BATCH, TOKENS), jnp.int32), jnp.ones((BATCH, TOKENS), bool)
         token_id, mask, x, y_bar = jax.sharding.reshard((token_id, mask, x, y_bar), spec("batch"))
 
+        keys = jax.random.split(jax.random.key(0), BATCH)
+
         def forward(params):
-            return nnx.merge(graph, params, rest)(x, token_id, mask, jax.random.key(0))
+            return nnx.merge(graph, params, rest)(x, token_id, mask, keys)
 
         y, pullback, statistics = jax.vjp(forward, params, has_aux=True)
         return y, statistics.load, pullback(y_bar)[0], params

@@ -204,11 +204,11 @@ def test_a_layer_is_the_loop_over_its_assignments(strategy, dispatch, balance, n
     config = combined(strategy, dispatch, balance)
     data, expert = MESHES[name]
     with jax.set_mesh(make_mesh(MeshConfig(data, expert), jax.devices()[: data * expert])):
-        p, apply = make_layer(config)
+        p, forward, backward = make_layer(config)
         x, y_bar = normal(1, BATCH, TOKENS, WIDTH), normal(2, BATCH, TOKENS, WIDTH)
         bias = normal(3, EXPERTS) if config.controller else np.zeros(EXPERTS, np.float32)
-        y, statistics, _ = jax.device_get(apply(p, bias, x, y_bar, None))
-        _, _, gradients = apply(p, bias, x, y_bar, jax.random.key(0))
+        y, statistics = jax.device_get(forward(p, bias, x))
+        gradients = backward(p, bias, x, y_bar, jax.random.split(jax.random.key(0), BATCH))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
     weights = {name: np.asarray(p["experts"][name][...]) for name in ("w_gate", "w_up", "w_down")}
@@ -249,7 +249,8 @@ def layer_inputs(config, p, x, bias):
 
 
 def make_layer(config):
-    """Random parameters, and a compiled (params, bias, x, y_bar, key) -> (y, statistics, gradients)."""
+    """Random parameters, and two compiled functions: (params, bias, x) -> (y, statistics) in evaluation,
+    (params, bias, x, y_bar, keys) -> gradients in training."""
 
     def build():
         return MoELayer(config, WIDTH, out_std=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
@@ -265,17 +266,17 @@ def make_layer(config):
         return bias if names[0] == "controller_state" else remembered[names[1]]
 
     @jax.jit
-    def apply(params, bias, x, y_bar, key):
-        x, y_bar = jax.sharding.reshard((x, y_bar), spec("batch"))
+    def forward(params, bias, x, keys=None):
         token_id = jnp.tile(jnp.arange(TOKENS, dtype=jnp.int32), (BATCH, 1))
         token_id, mask = jax.sharding.reshard((token_id, jnp.ones_like(token_id, bool)), spec("batch"))
         states = jax.tree_util.tree_map_with_path(partial(state, bias=jnp.asarray(bias)), rest)
+        laid_out = jax.tree.map(lambda p, v: jax.sharding.reshard(v, p.sharding.spec), like, params)
+        x = jax.sharding.reshard(x, spec("batch"))
+        return nnx.merge(graph, laid_out, states)(x, token_id, mask, keys)
 
-        def forward(params, x):
-            laid_out = jax.tree.map(lambda p, v: jax.sharding.reshard(v, p.sharding.spec), like, params)
-            return nnx.merge(graph, laid_out, states)(x, token_id, mask, key)
+    @jax.jit
+    def backward(params, bias, x, y_bar, keys):
+        _, pullback = jax.vjp(lambda params, x: forward(params, bias, x, keys)[0], params, x)
+        return pullback(jax.sharding.reshard(y_bar, spec("batch")))
 
-        y, pullback, statistics = jax.vjp(forward, params, x, has_aux=True)
-        return y, statistics, pullback(y_bar)
-
-    return params, apply
+    return params, forward, backward

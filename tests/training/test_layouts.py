@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_step import BATCH, Layout, arrays_named, assert_same, initial_values, outcome, with_moe
+from tiny_step import BATCH, SEQUENCE, Layout, arrays_named, assert_same, initial_values, outcome, with_moe
 
 import moe.balance
 import moe.routing
@@ -23,6 +23,7 @@ from moe.balance import (
     DeviceBalanceLoss,
     ImportanceLoss,
     LoadBalanceLoss,
+    LoadLoss,
     LossFreeBias,
     PIDBias,
     load_fraction,
@@ -30,7 +31,7 @@ from moe.balance import (
 from moe.dispatch import Capacity
 from moe.errors import UserError
 from moe.nn.free_experts import FreeExperts
-from moe.routing import Strategy, TopK
+from moe.routing import NoisyTopK, Strategy, TopK
 
 LAYOUTS = [
     Layout("1x2", accumulation=4),
@@ -230,6 +231,15 @@ def test_controllers_take_part_in_the_tests_above():
     for i, controller in enumerate(CONTROLLERS):
         (old,), (new,) = (arrays_named(state, f"bias_{i}") for state in (before, after))
         assert np.any(old != new), controller
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.mesh)
+def test_randomness_does_not_follow_the_layout(layout):
+    """Noise decides the routes, two groups draw it in each sequence, and a loss counts the batch first."""
+    config = with_moe(
+        routing=NoisyTopK(k=2, min_noise=3.0), balance=(LoadLoss(0.1),), tokens_per_group=SEQUENCE // 2
+    )
+    assert_same(outcome(config, layout), outcome(config, Layout()))
 
 
 def test_capacity_and_free_experts_do_not_follow_the_layout():

@@ -1,0 +1,61 @@
+"""Causal attention within each sequence: one implementation a platform, chosen in `causal_attention`.
+
+    NVIDIA GPU  cuDNN's flash attention (`fits_cudnn` says where), whose memory grows with S
+    other       XLA, which holds the scores of all pairs [B, H, S, S]
+
+The choice is made while tracing, by the devices of the mesh, and not by `lax.platform_dependent`: that traces
+every branch, and JAX lets cuDNN's be traced only where cuDNN is installed.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+WIDEST_HEAD = 128  # that cuDNN takes on every GPU it supports
+SHORTEST_SEQUENCE = 128  # below, all scores fit the caches and a fused kernel gains nothing
+
+
+def causal_attention(
+    q: Float[Array, "B S H h"], k: Float[Array, "B S G h"], v: Float[Array, "B S G h"]
+) -> Float[Array, "B S H h"]:
+    """softmax(q k^T / sqrt(h)) v over the same and earlier positions of the sequence.
+
+    Each key and value head serves H / G neighbouring query heads (GQA, 2305.13245). Softmax is float32. Under
+    cuDNN gradients come out of sums in no fixed order, unless XLA's flag
+    `--xla_gpu_exclude_nondeterministic_ops` is set: see docs/performance.md for what it costs.
+
+    Args:
+        q: queries, split along their batch.
+        k: keys, split likewise.
+        v: values, split likewise.
+    """
+    if not fits_cudnn(q):
+        return reference(q, k, v)
+    batch = P(jax.typeof(q).sharding.spec[0])
+    fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    # The custom call knows no explicit axes.
+    return jax.shard_map(fused, in_specs=(batch, batch, batch), out_specs=batch)(q, k, v)
+
+
+def reference(
+    q: Float[Array, "B S H h"], k: Float[Array, "B S G h"], v: Float[Array, "B S G h"]
+) -> Float[Array, "B S H h"]:
+    """The same in plain JAX, from the scores of all pairs."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+def fits_cudnn(q: Float[Array, "B S H h"]) -> bool:
+    """Whether the devices of the mesh have cuDNN's kernel, forward and backward, for such queries."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    _, sequence, _, width = q.shape
+    return (
+        device is not None
+        and device.device_kind.startswith("NVIDIA")
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and width % 8 == 0
+        and width <= WIDEST_HEAD
+        and sequence >= SHORTEST_SEQUENCE
+    )

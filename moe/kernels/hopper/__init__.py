@@ -1,0 +1,16 @@
+"""Kernels for Hopper GPUs (H100, H200), in Pallas Mosaic GPU."""
+
+from moe.kernels.hopper.pipeline import Tiles
+from moe.kernels.hopper.row_products import inward_transposed, product, swiglu_backward, swiglu_product
+from moe.kernels.hopper.target import fits
+from moe.kernels.hopper.weight_gradient import weight_gradient
+
+__all__ = [
+    "Tiles",
+    "fits",
+    "inward_transposed",
+    "product",
+    "swiglu_backward",
+    "swiglu_product",
+    "weight_gradient",
+]

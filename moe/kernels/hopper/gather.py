@@ -1,0 +1,151 @@
+"""Rows of a matrix, each from its own place, straight into a stage of shared memory.
+
+Hopper's copy engine takes boxes only, so every thread of the loader copies pieces of 16 bytes (`cp.async`).
+They mark no barrier by themselves: the loader waits for those of a step while later ones are under way.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from moe.kernels.hopper.pipeline import DEPTH, Ring, swizzled
+
+LAG = 1  # steps whose copies are under way while the next one's are started
+THREADS, PIECE = 128, 8  # of the loader; numbers of two bytes that one copy takes
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+@dataclass(frozen=True)
+class RowGather:
+    """Copies [rows, columns] pieces of chosen rows of a matrix."""
+
+    rows: int
+    columns: int
+
+    @property
+    def _copies(self) -> int:
+        """Of one thread, for one stage."""
+        return self.rows * self.columns // PIECE // THREADS
+
+    @property
+    def _layout(self):
+        """One register of a thread holds the row of one of its copies."""
+        return plgpu.Layout.WG_STRIDED((self._copies * THREADS,), vec_size=1)
+
+    def _place(self, thread: ir.Value, i: int) -> tuple[ir.Value, ir.Value]:
+        """Row and piece of a thread's copy number i in the stage: neighbours take neighbouring pieces."""
+        i32 = ir.IntegerType.get_signless(32)
+        pieces = self.columns // PIECE
+        row = arith.addi(arith.divui(thread, utils.c(pieces, i32)), utils.c(i * (THREADS // pieces), i32))
+        return row, arith.remui(thread, utils.c(pieces, i32))
+
+    def tokens(self, token_ref, first) -> jax.Array:
+        """What `start` needs to know: the rows of the matrix that rows `first` and following stand for."""
+        shape = plgpu.ShapeDtypeStruct((self._copies * THREADS,), jnp.int32, layout=self._layout)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=shape)
+        def read(ctx, tokens, first):
+            i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+            thread, base = _thread(), _global(utils.memref_ptr(tokens))
+            found = []
+            for i in range(self._copies):
+                at = arith.addi(first.registers.flat[0], self._place(thread, i)[0])
+                value = llvm.load(i32, utils.getelementptr(base, [arith.extui(i64, at)], i32))
+                found.append(vector.broadcast(ir.VectorType.get((1,), i32), value))
+            registers = np.array(found, dtype=object)
+            return FragmentedArray(_registers=registers, _layout=self._layout.to_mgpu(), _is_signed=True)
+
+        return read(token_ref, first)
+
+    def start(self, x_ref, tokens, column, into) -> None:
+        """Start the copies of columns `column` and following of rows `tokens` of the matrix."""
+        types = (plgpu.RefType(), self._layout, SCALAR, plgpu.RefType(swizzled()))
+
+        @plgpu.inline_mgpu(arg_types=types)
+        def copy(ctx, x, tokens, column, into):
+            i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+            width = ir.MemRefType(x.type).shape[1]
+            number = ir.MemRefType(x.type).element_type
+            thread = _thread()
+            source, target = _global(utils.memref_ptr(x)), utils.memref_ptr(into)
+            for i in range(self._copies):
+                row, piece = self._place(thread, i)
+                token = vector.extract(tokens.registers.flat[i], dynamic_position=[], static_position=[0])
+                at = arith.addi(column.registers.flat[0], arith.muli(piece, utils.c(PIECE, i32)))
+                offset = arith.addi(
+                    arith.muli(arith.extui(i64, token), utils.c(width, i64)), arith.extui(i64, at)
+                )
+                nvvm.cp_async_shared_global(
+                    utils.getelementptr(target, [self._swizzled(row, piece)], number),
+                    utils.getelementptr(source, [offset], number),
+                    2 * PIECE,
+                    nvvm.LoadCacheModifierKind.CG,
+                )
+            nvvm.cp_async_commit_group()
+
+        copy(x_ref, tokens, column, into)
+
+    def _swizzled(self, row: ir.Value, piece: ir.Value) -> ir.Value:
+        """Where a piece stands in a stage: tiles of 8 rows and 64 columns, their pieces swapped by row."""
+        i32 = ir.IntegerType.get_signless(32)
+
+        def number(value):
+            return utils.c(value, i32)
+
+        tile_row, in_row = arith.divui(row, number(8)), arith.remui(row, number(8))
+        tile_column, in_tile = arith.divui(piece, number(8)), arith.remui(piece, number(8))
+        tile = arith.addi(arith.muli(tile_row, number(self.columns // DEPTH)), tile_column)
+        swapped = arith.xori(in_tile, in_row)
+        return utils.dyn_dot([tile, in_row, swapped], [number(8 * DEPTH), number(DEPTH), number(PIECE)])
+
+
+def landed(under_way: int) -> None:
+    """Wait until the copies of all but the last `under_way` steps are there for `wgmma` to see."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        nvvm.cp_async_wait_group(under_way)
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    wait()
+
+
+def mark_landed(ring: Ring, slot, pending):
+    """After the copies into `slot` were started: mark the stage full whose copies are `LAG` steps old.
+
+    Args:
+        ring: the stages.
+        slot: just started.
+        pending: earlier steps that are not marked yet, at most `LAG`.
+
+    Returns:
+        The steps that are not marked now.
+    """
+    landed(LAG)
+    plgpu.barrier_arrive(ring.full.at[ring.before(slot, LAG)], predicate=pending == LAG)
+    return lax.select(pending == LAG, pending, pending + 1)
+
+
+def mark_all_landed(ring: Ring, slot, pending):
+    """Mark the stages before `slot` full whose copies are not marked yet; returns their number, zero."""
+    landed(0)
+    for age in range(LAG, 0, -1):
+        plgpu.barrier_arrive(ring.full.at[ring.before(slot, age)], predicate=pending >= age)
+    return jnp.zeros_like(pending)
+
+
+def _thread() -> ir.Value:
+    """Of the warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.remui(utils.thread_idx(), utils.c(THREADS, i32))
+
+
+def _global(pointer: ir.Value) -> ir.Value:
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), pointer)

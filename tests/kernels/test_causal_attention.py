@@ -1,0 +1,69 @@
+"""Causal attention: which implementation is taken where, and that cuDNN's can be compiled for a mesh.
+
+What it computes is tested with the layer (tests/nn/test_attention.py), and on a GPU by tests/accelerators.
+"""
+
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe.kernels.attention import causal_attention
+from moe.mesh import AXES, spec
+
+KINDS = {"H100": "NVIDIA H100 80GB HBM3", "A100": "NVIDIA A100-SXM4-80GB"}
+
+
+def installed_cudnn():
+    """Context in which JAX finds a cuDNN, to trace with."""
+    return mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", return_value=91000)
+
+
+def traced(dtype="bfloat16", sequence=256, heads=4, kv_heads=2, width=64):
+    """The gradients of a batch of 8 on the mesh that is set."""
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *a: causal_attention(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    split = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), spec("batch"))
+    q, k, v = (
+        jax.ShapeDtypeStruct((8, sequence, n, width), dtype, sharding=split)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    return jax.jit(gradients).trace(q, k, v)
+
+
+def test_cudnn_compiles_forward_and_backward_for_a_mesh(mesh):
+    with installed_cudnn(), mock.patch("moe.kernels.attention.fits_cudnn", return_value=True):
+        program = traced()
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"__cudnn\$\w+", text) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert "CAUSAL" in text
+    assert f"tensor<{8 // jax.sharding.get_abstract_mesh().size}x256x4x64xbf16>" in text
+    assert all(out.sharding.spec[0] == AXES for out in program.out_info)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "fused"),
+    [
+        ("H100", {"dtype": "float16"}, True),
+        ("A100", {"kv_heads": 4, "width": 128, "sequence": 130}, True),
+        ("H100", {"dtype": "float32"}, False),
+        ("H100", {"width": 36}, False),
+        ("H100", {"width": 136}, False),
+        ("H100", {"sequence": 64}, False),
+        ("AMD Instinct MI300X", {}, False),
+    ],
+)
+def test_what_cudnn_does_not_take_is_left_to_xla(kind, fields, fused):
+    device = jax.sharding.AbstractDevice(device_kind=KINDS.get(kind, kind), num_cores=132, platform="gpu")
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.sharding.AbstractMesh((1, 1), AXES, axis_types=axes, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), installed_cudnn():
+        assert ("dot_product_attention_bwd" in str(traced(**fields).jaxpr)) == fused
+
+
+def test_a_cpu_takes_xla(one_device):
+    assert "dot_product_attention_fwd" not in str(traced().jaxpr)

@@ -1,0 +1,133 @@
+"""The portable GPU kernels, interpreted on the CPU, against one product a group in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
+
+from moe.kernels import Groups, rows_needed
+from moe.kernels.grouped_matmul_triton import Blocks, fits, product, transpose_product
+
+EXPERTS, ASSIGNMENTS = 4, 48
+DEPTH, WIDTH = 40, 72  # neither a whole number of blocks
+BLOCKS = Blocks(rows=16, columns=32, depth_bytes=64)
+TILES = [16, 48]  # one block of rows a tile, and three
+CARDS = ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3"]
+GARBAGE = 1e4  # finite also in float16
+
+sizes = st.lists(st.integers(0, ASSIGNMENTS // 2), min_size=EXPERTS, max_size=EXPERTS).filter(
+    lambda sizes: sum(sizes) <= ASSIGNMENTS
+)
+
+
+def make(group_sizes, tile, seed, dtype=np.float32):
+    """Rows with garbage in the padding, matrices, cotangents with zeros there, and the places of each group."""
+    random = np.random.default_rng(seed)
+    count, places, first = rows_needed(ASSIGNMENTS, EXPERTS, tile), [], 0
+    rows = np.full((count, DEPTH), GARBAGE)
+    cotangent = np.zeros((count, WIDTH))
+    for size in group_sizes:
+        places.append(slice(first, first + size))
+        rows[places[-1]] = random.normal(size=(size, DEPTH))
+        cotangent[places[-1]] = random.normal(size=(size, WIDTH))
+        first += -(-size // tile) * tile
+    w = random.normal(size=(EXPERTS, DEPTH, WIDTH))
+    return *(jnp.asarray(a, dtype) for a in (rows, w, cotangent)), places, first
+
+
+@partial(jax.jit, static_argnums=0)
+def all_three(tile, rows, w, cotangent, group_sizes):
+    """Product, product with the transposed matrices, gradient of the matrices."""
+    groups = Groups(group_sizes, tile)
+    how = {"blocks": BLOCKS, "interpret": True}
+    return (
+        product(rows, w, groups, **how),
+        product(cotangent, w, groups, transposed=True, **how),
+        transpose_product(rows, cotangent, groups, **how),
+    )
+
+
+def check(group_sizes, tile, seed, dtype, tolerance):
+    rows, w, cotangent, places, end = make(group_sizes, tile, seed, dtype)
+    y, rows_bar, w_bar = all_three(tile, rows, w, cotangent, np.array(group_sizes, np.int32))
+    assert y.dtype == rows_bar.dtype == w_bar.dtype == dtype
+    wide_rows, wide_w, wide_cotangent = (np.asarray(a, np.float64) for a in (rows, w, cotangent))
+    close = partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance * DEPTH**0.5)
+    for e, mine in enumerate(places):
+        close(np.asarray(y[mine], np.float64), wide_rows[mine] @ wide_w[e])
+        close(np.asarray(rows_bar[mine], np.float64), wide_cotangent[mine] @ wide_w[e].T)
+        close(np.asarray(w_bar[e], np.float64), wide_rows[mine].T @ wide_cotangent[mine])
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    np.testing.assert_array_equal(y[end:], 0)
+    np.testing.assert_array_equal(rows_bar[end:], 0)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@given(sizes, st.integers(0, 2**16))
+@example([0, 0, 0, 0], 0)
+@example([0, 0, 0, ASSIGNMENTS], 0)
+@example([ASSIGNMENTS, 0, 0, 0], 0)
+@example([1, 1, 1, 1], 0)
+@settings(max_examples=20)
+def test_products_of_any_groups(tile, group_sizes, seed):
+    check(group_sizes, tile, seed, jnp.float32, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1e-2), (jnp.float16, 2e-3)])
+def test_half_precision(dtype, tolerance):
+    check([20, 0, 16, 5], 16, 0, dtype, tolerance)
+
+
+def test_half_precision_is_summed_in_float32():
+    """The gradient sums 512 ones: bfloat16 would stop at 256."""
+    rows = jnp.ones((512, 16), jnp.bfloat16)
+    w_bar = transpose_product(rows, rows, Groups(jnp.array([0, 512]), tile=16), interpret=True)
+    np.testing.assert_array_equal(w_bar[1].astype(np.float32), np.full((16, 16), 512))
+
+
+@pytest.mark.parametrize("mesh", ["4x2"], indirect=True)
+def test_each_device_has_groups_of_its_own(mesh):
+    """Inside `jax.shard_map`, whose types the kernels keep."""
+    rows, w, cotangent, _, _ = make([20, 0, 16, 5], 16, 0)
+    spec, sizes = (
+        P(("data", "expert")),
+        np.random.default_rng(0).integers(0, 12, size=(8, EXPERTS), dtype="int32"),
+    )
+
+    @partial(jax.shard_map, in_specs=spec, out_specs=spec)
+    def by_device(sizes):
+        return tuple(a[None] for a in all_three(16, rows, w, cotangent, sizes[0]))
+
+    together = jax.jit(by_device)(jax.device_put(sizes, jax.NamedSharding(mesh, spec)))
+    for device in range(8):
+        alone = all_three(16, rows, w, cotangent, sizes[device])
+        for ours, theirs in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(ours[device], theirs)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("dtype", "width"), [(jnp.bfloat16, 1024), (jnp.float32, 1000)])
+def test_lowers_for_cards_that_are_not_here(card, dtype, width):
+    def run(rows, w, cotangent, group_sizes):
+        groups = Groups(group_sizes, 128)
+        products = product(rows, w, groups), product(cotangent, w, groups, transposed=True)
+        return *products, transpose_product(rows, cotangent, groups)
+
+    shapes = [(1024, 2048), (8, 2048, width), (1024, width)]
+    arrays = [*(jax.ShapeDtypeStruct(s, dtype) for s in shapes), jax.ShapeDtypeStruct((8,), jnp.int32)]
+    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("grouped_product") >= 2
+    assert "grouped_transpose_product" in text
+
+
+def test_tiles_must_hold_blocks():
+    assert fits(Groups(jnp.array([1]), tile=48))
+    assert not fits(Groups(jnp.array([1]), tile=24))

@@ -134,16 +134,18 @@ def step(config):
     with logical_rules():
         graph, like, _ = nnx.split(jax.eval_shape(jax.jit(build)), nnx.Param, ...)
         rest = jax.jit(lambda: nnx.state(build(), nnx.Not(nnx.Param)))()
-    random = np.random.default_rng(1)
-    # Drawn here, for a program that draws them takes as long to compile as the layer's forward pass.
-    params = jax.tree.map(
-        lambda p: jax.device_put(0.3 * random.normal(size=p.shape).astype(np.float32), p.sharding), like
-    )
+    random, mesh = np.random.default_rng(1), jax.sharding.get_mesh()
+
+    def draw(p):  # a program that draws them takes as long to compile as the layer's forward pass
+        value = 0.3 * random.normal(size=p.shape).astype(np.float32)
+        return jax.device_put(value, jax.sharding.NamedSharding(mesh, p.sharding.spec))
+
+    params = jax.tree.map(draw, like)
     x, y_bar = (random.normal(size=(BATCH, SEQUENCE, WIDTH)).astype(np.float32) for _ in range(2))
     token_id = random.integers(0, 50, (BATCH, SEQUENCE)).astype(np.int32)
     mask = np.arange(SEQUENCE) < SEQUENCE - np.arange(BATCH)[:, None]  # padding, but for the first sequence
     x, y_bar, token_id, mask = jax.device_put(
-        (x, y_bar, token_id, mask), jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+        (x, y_bar, token_id, mask), jax.sharding.NamedSharding(mesh, spec("batch"))
     )
 
     @jax.jit

@@ -36,10 +36,11 @@ def follow(command: str, folder: Path) -> str:
     assert words[:2] == ["uv", "run"]
     program = ["-m", "pytest", "-n", "0", "-p", "no:cacheprovider"] if words[2] == "pytest" else [words[2]]
     extra = TINY.split() if words[2] == "train.py" else []
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     result = subprocess.run(
         [sys.executable, *program, *words[3:], *extra],
         cwd=folder,
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,7 @@ packed() { # NAME
 }
 
 unpacked sonicmoe
-(cd "$work/sonicmoe" && rm -rf build_backend.py ./*.pth nvidia_cutlass_dsl/include tvm_ffi/lib/libtvm_ffi_testing.so)
+(cd "$work/sonicmoe" && rm -rf build_backend.py ./*.pth nvidia_cutlass_dsl/include)
 tar xJf "$tuning" -C "$work/sonicmoe"
 packed sonicmoe
 

@@ -24,8 +24,8 @@ def causal_attention(
     """softmax(q k^T / sqrt(h)) v over the same and earlier positions of the sequence.
 
     Each key and value head serves H / G neighbouring query heads (GQA, 2305.13245). Softmax is float32. Under
-    cuDNN gradients come out of sums in no fixed order, unless XLA's flag
-    `--xla_gpu_exclude_nondeterministic_ops` is set: see docs/performance.md for what it costs.
+    cuDNN gradients come out of sums in no fixed order, so repeats may differ by rounding, unless XLA's flag
+    `--xla_gpu_exclude_nondeterministic_ops` is set.
 
     Args:
         q: queries, split along their batch.

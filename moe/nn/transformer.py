@@ -73,7 +73,7 @@ class TransformerConfig:
 
     unroll: bool = False
     """Compile every layer by itself instead of one loop over them: longer to compile, but what backward needs
-    is not copied in and out of stacks, which on a GPU takes a tenth of a step."""
+    is not copied in and out of stacks, which costs a GPU time and memory."""
 
     def __post_init__(self):
         if not self.layers or set(self.layers) - set("DMdm"):

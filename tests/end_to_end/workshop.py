@@ -40,8 +40,7 @@ class Ended(NamedTuple):
 @contextlib.contextmanager
 def opened(tmp_path_factory) -> Iterator["Workshop"]:
     """A workshop in which each program is compiled once, whichever process needs it first."""
-    parallel = "PYTEST_XDIST_WORKER" in os.environ  # then the folder of all workers is one above this one's
-    compiled = str(tmp_path_factory.getbasetemp() / ("../compiled" if parallel else "compiled"))
+    compiled = str(tmp_path_factory.getbasetemp() / "compiled")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -125,7 +125,7 @@ class Outcome(NamedTuple):
     controllers: dict
 
 
-def outcome(config, layout: Layout, **states) -> Outcome:
+def outcome(config, layout: Layout, key=0, **states) -> Outcome:
     """Of one step from the initial values; `states` replace those of the controllers' arrays by name."""
     params, controllers = initial_values(config)
     for name, value in states.items():
@@ -134,7 +134,7 @@ def outcome(config, layout: Layout, **states) -> Outcome:
     with layout.set():
         _, state = place(config, params, controllers, KEEP_GRADIENTS)
         step = _compiled(config, layout)
-        state, metrics = step(state, jax.random.key(0), *map(on_mesh, make_batch()), SLICES)
+        state, metrics = step(state, jax.random.key(key), *map(on_mesh, make_batch()), SLICES)
         return jax.device_get(Outcome(metrics, state.optimizer, state.controllers))
 
 

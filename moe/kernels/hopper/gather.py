@@ -5,6 +5,7 @@ They mark no barrier by themselves: the loader waits for those of a step while l
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from moe.kernels.hopper.pipeline import DEPTH, Ring, swizzled
 LAG = 1  # steps whose copies are under way while the next one's are started
 THREADS, PIECE = 128, 8  # of the loader; numbers of two bytes that one copy takes
 SCALAR = plgpu.Layout.WG_SPLAT(())
+_inline: Any = plgpu.inline_mgpu  # adds the context to a function's arguments, which its type does not say
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class RowGather:
         """What `start` needs to know: the rows of the matrix that rows `first` and following stand for."""
         shape = plgpu.ShapeDtypeStruct((self._copies * THREADS,), jnp.int32, layout=self._layout)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=shape)
+        @_inline(arg_types=(plgpu.RefType(), SCALAR), return_type=shape)
         def read(ctx, tokens, first):
             i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
             thread, base = _thread(), _global(utils.memref_ptr(tokens))
@@ -68,7 +70,7 @@ class RowGather:
         """Start the copies of columns `column` and following of rows `tokens` of the matrix."""
         types = (plgpu.RefType(), self._layout, SCALAR, plgpu.RefType(swizzled()))
 
-        @plgpu.inline_mgpu(arg_types=types)
+        @_inline(arg_types=types)
         def copy(ctx, x, tokens, column, into):
             i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
             width = ir.MemRefType(x.type).shape[1]
@@ -109,7 +111,7 @@ class RowGather:
 def landed(under_way: int) -> None:
     """Wait until the copies of all but the last `under_way` steps are there for `wgmma` to see."""
 
-    @plgpu.inline_mgpu()
+    @_inline()
     def wait(ctx):
         nvvm.cp_async_wait_group(under_way)
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)

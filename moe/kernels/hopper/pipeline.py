@@ -45,7 +45,9 @@ class Tiles:
 
 def swizzled() -> tuple:
     """The layout in shared memory that `wgmma` and the copy engine read without conflicts."""
-    return plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128)
+    tiled: Any = plgpu.TilingTransform  # both seem abstract to type checkers
+    swizzle: Any = plgpu.SwizzleTransform
+    return tiled((8, DEPTH)), swizzle(128)
 
 
 @dataclass(frozen=True)

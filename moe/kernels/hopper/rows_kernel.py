@@ -113,10 +113,8 @@ def rows_kernel(
 
     def body(expert_ref, used_ref, *refs):
         refs, outs, scratch = refs[: -len(out_type) - 5], refs[-len(out_type) - 5 : -5], refs[-5:]
-        ring, staging = Ring(*scratch[:4], tiles.stages), scratch[4]
-        if token is not None:
-            token_ref, *refs = refs
-        x_ref, *other_refs = refs
+        ring, staging = Ring(*scratch[:4], stages=tiles.stages), scratch[4]
+        token_ref, x_ref, *other_refs = refs if token is not None else (None, *refs)
         warpgroup = lax.axis_index("warpgroup")
         used = used_ref[0] * per_group_tile
         items = (used * column_tiles,)
@@ -145,14 +143,16 @@ def rows_kernel(
                     plgpu.copy_gmem_to_smem(x_ref.at[mine, k], ring.a.at[slot], ring.full.at[slot])
                     return pending
 
+                slot, pending = ring.fill(steps, load, *carry)
+                load_more = load_extra
+                if load_more is None:
+                    return slot, pending
+
                 def extra(step, slot, pending):
                     a, b, full = ring.a.at[slot], ring.b.at[slot], ring.full.at[slot]
-                    load_extra(other_refs, step, mine, column, a, b, full)
+                    load_more(other_refs, step, mine, column, a, b, full)
                     return pending
 
-                slot, pending = ring.fill(steps, load, *carry)
-                if extra_steps == 0:
-                    return slot, pending
                 if token is not None:
                     pending = mark_all_landed(ring, slot, pending)
                 return ring.fill(extra_steps, extra, slot, pending)
@@ -185,7 +185,9 @@ def rows_kernel(
                     slot = ring.multiply(steps, products, carry)
                     return acc_ref[...], slot
 
-                acc, slot = pl.run_scoped(with_sums, plgpu.ACC((share.rows, share.columns), jnp.float32))
+                acc, slot = pl.run_scoped(
+                    with_sums, plgpu.WGMMAAccumulatorRef((share.rows, share.columns), jnp.float32)
+                )
                 return epilogue(acc, other_refs, outs, staging.at[warpgroup], share, row, column, ring, slot)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

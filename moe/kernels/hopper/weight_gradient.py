@@ -57,14 +57,14 @@ def weight_gradient(
     if len(tokens) > 1:
         raise ValueError("the rows of one operand at most can be gathered")
 
-    def body(size_ref, start_ref, x_ref, y_ref, *refs):
+    def body(order_ref, size_ref, start_ref, x_ref, y_ref, *refs):
         token_refs, outs, scratch = refs[: len(tokens)], refs[len(tokens) : -5], refs[-5:]
-        ring, staging = Ring(*scratch[:4], tiles.stages), scratch[4]
+        ring, staging = Ring(*scratch[:4], stages=tiles.stages), scratch[4]
         warpgroup = lax.axis_index("warpgroup")
         items = (experts * grid[0] * grid[1],)
 
         def place(info):
-            expert = lax.div(info.index[0], jnp.int32(grid[0] * grid[1]))
+            expert = order_ref[lax.div(info.index[0], jnp.int32(grid[0] * grid[1]))]
             within = lax.rem(info.index[0], jnp.int32(grid[0] * grid[1]))
             return expert, *plgpu.planar_snake(within, grid, 1, strip)
 
@@ -132,7 +132,9 @@ def weight_gradient(
                     slot = ring.multiply(steps(expert), products, carry)
                     return acc_ref[...], slot
 
-                acc, slot = pl.run_scoped(with_sums, plgpu.ACC((row_tile, tiles.columns), jnp.float32))
+                acc, slot = pl.run_scoped(
+                    with_sums, plgpu.WGMMAAccumulatorRef((row_tile, tiles.columns), jnp.float32)
+                )
                 rows = pl.ds(row * tiles.rows + warpgroup * row_tile, row_tile)
                 for i, out in enumerate(outs):
 
@@ -147,5 +149,6 @@ def weight_gradient(
 
     ring = Ring.scratch((DEPTH, tiles.rows), (DEPTH, tiles.columns), tiles.stages, 2, x.dtype)
     out_type = [jax.ShapeDtypeStruct((experts, height, width), x.dtype)] * matrices
-    inputs = [groups.group_sizes, groups.starts(), x, y_bar, *tokens]
+    largest_first = jnp.argsort(-groups.group_sizes)  # lest one program ends with the longest contraction
+    inputs = [largest_first, groups.group_sizes, groups.starts(), x, y_bar, *tokens]
     return launch(body, inputs, out_type, [*ring, staging_type(x.dtype)], "weight_gradient")

@@ -10,9 +10,12 @@ between the ends of two, and the figure its median. MFU is the share of the devi
 model's own operations take (`moe/analysis/compute.py`: routed experts by the K of E that a token visits,
 attention by half the square, nothing for recomputation).
 
-Then some steps are profiled, and the time of every kernel is summed by the part of the model that it belongs
-to (`benchmarks/gpu/kernel_time.py`). Fields of the config can be set as with `train.py`. Results go to
-`benchmarks/results/train_step_GPU.json` and `docs/results/train_step_GPU.md`.
+Then some steps are profiled: once as they are, for the time in which no kernel runs, and once compiled
+without CUDA graphs, whose kernels do not say what they belong to, for the time of every kernel, summed by
+part of the model (`benchmarks/gpu/kernel_time.py`).
+
+Fields of the config can be set as with `train.py`. Results go to `benchmarks/results/train_step_GPU.json` and
+`docs/results/train_step_GPU.md`.
 """
 
 import json
@@ -30,7 +33,7 @@ from benchmarks.gpu.command import gpu
 from benchmarks.gpu.kernel_time import KernelTimes, kernel_times
 from benchmarks.gpu.train_step_report import page
 from benchmarks.provenance import provenance
-from benchmarks.worker import ROOT, seconds_of
+from benchmarks.worker import ROOT
 from moe.analysis.compute import account, data_sheet_peak
 from moe.config import load_config, override
 from moe.errors import one_line, run_main
@@ -42,6 +45,7 @@ from moe.training.state import initial_state
 from moe.training.step import make_train_step
 
 WARM_UP = 3  # steps before the first that is timed
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 10**6}  # kernels that a CUDA graph must have at least
 
 
 @dataclass(frozen=True)
@@ -115,24 +119,17 @@ def measure(experiment: Experiment, steps: int, profiled: int) -> dict[str, Any]
     slices = to_devices(np.zeros(shape[0], np.int32))
 
     started = time.perf_counter()
-    compiled = train_step.lower(state, key, tokens, slices, 1).compile()
+    lowered = train_step.lower(state, key, tokens, slices, 1)
+    compiled = lowered.compile()
     compile_seconds = time.perf_counter() - started
 
-    def step():
+    def step(program=compiled):
         nonlocal state
-        state, metrics = compiled(state, key, tokens, slices)
+        state, metrics = program(state, key, tokens, slices)
         return metrics
 
-    for _ in range(WARM_UP):
-        metrics = jax.block_until_ready(step())
-    running, seconds = step(), []
-    jax.block_until_ready(running)
-    running = step()
-    for _ in range(steps):
-        waiting, running = running, step()
-        seconds.append(seconds_of(lambda waiting=waiting: jax.block_until_ready(waiting)))
-    last = jax.block_until_ready(running)
-
+    first = float(step()["loss"])
+    seconds, last = seconds_of_steps(step, steps)
     compute, device = account(model, experiment.data.sequence_length), mesh.devices.flat[0]
     peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return {
@@ -147,27 +144,40 @@ def measure(experiment: Experiment, steps: int, profiled: int) -> dict[str, Any]
         "compile_seconds": compile_seconds,
         "seconds": seconds,
         "peak_bytes": peak_bytes,
-        "loss": [float(metrics["loss"]), float(last["loss"])],
-        "profile": profile_record(step, profiled, compiled.as_text()) if profiled else None,
+        "loss": [first, last],
+        "profile": profile_record(step, lowered, compiled, profiled) if profiled else None,
     }
 
 
-def profile(step, count: int, compiled: str) -> KernelTimes:
-    """Every kernel's time in `count` steps."""
+def seconds_of_steps(step, steps: int) -> tuple[list[float], float]:
+    """Seconds between the ends of consecutive steps, and the loss at the last."""
+    running, ends = step(), []
+    for _ in range(WARM_UP + steps):
+        waiting, running = running, step()
+        jax.block_until_ready(waiting)
+        ends.append(time.perf_counter())
+    loss = float(running["loss"])
+    return np.diff(ends)[-steps:].tolist(), loss
+
+
+def profile(step, program, count: int) -> KernelTimes:
+    """Every kernel's time in `count` steps of a compiled program."""
+    jax.block_until_ready(step(program))
     only_device = jax.profiler.ProfileOptions()
     only_device.host_tracer_level = only_device.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=only_device):
             for _ in range(count):
-                metrics = step()
+                metrics = step(program)
             jax.block_until_ready(metrics)
-        return kernel_times(Path(folder), compiled)
+        return kernel_times(Path(folder), program.as_text())
 
 
-def profile_record(step, steps: int, compiled: str) -> dict[str, Any]:
+def profile_record(step, lowered, compiled, steps: int) -> dict[str, Any]:
     """The profile as JSON, by step: all parts, and the kernels that make up 99 % of the time."""
     try:
-        times = profile(step, steps, compiled)
+        whole = profile(step, compiled, steps)
+        times = profile(step, lowered.compile(WITHOUT_GRAPHS), steps)
     except Exception as error:  # the figures above hold without it
         return {"failed": one_line(f"{type(error).__name__}: {error}")}
     kernels, reached = [], 0.0
@@ -177,7 +187,8 @@ def profile_record(step, steps: int, compiled: str) -> dict[str, Any]:
         reached += kernel.seconds
         kernels.append(asdict(kernel) | {"seconds": kernel.seconds / steps, "calls": kernel.calls / steps})
     return {
-        "span": times.span / steps,
+        "span": whole.span / steps,
+        "idle": (whole.span - whole.busy) / steps,
         "busy": times.busy / steps,
         "parts": {part: seconds / steps for part, seconds in times.by_part().items()},
         "kernels": kernels,

@@ -42,7 +42,7 @@ class Kernel:
 
     name: str
     instruction: str
-    """Of the compiled program; empty where the profile does not say."""
+    """Of the compiled program; of a CUDA graph its name, and empty where the profile does not say."""
 
     part: str
     seconds: float
@@ -97,8 +97,10 @@ def kernel_times(trace: Path, compiled: str) -> KernelTimes:
 
 def device_events(profile: jax.profiler.ProfileData) -> Iterable[Event]:
     """What ran on the first GPU, on all of its streams."""
-    plane = next(plane for plane in profile.planes if plane.name == "/device:GPU:0")
-    for line in plane.lines:
+    planes = [plane for plane in profile.planes if plane.name == "/device:GPU:0"]
+    if not planes:
+        raise ValueError("the profile has no GPU")
+    for line in planes[0].lines:
         if not line.name.startswith("Stream"):
             continue
         for event in line.events:
@@ -120,7 +122,8 @@ def account(events: Iterable[Event], part_of: dict[str, str]) -> KernelTimes:
     calls: dict[tuple[str, str], int] = defaultdict(int)
     end = ordered[0].start
     for event in ordered:
-        instruction = event.instruction or by_kernel_name.get(event.name, "")
+        known = event.instruction in part_of
+        instruction = event.instruction if known else by_kernel_name.get(event.name, event.instruction)
         seconds[event.name, instruction] += max(0.0, event.end - max(event.start, end)) / 1e9
         calls[event.name, instruction] += 1
         end = max(end, event.end)

@@ -67,16 +67,21 @@ def _figures(results: dict[str, Any]) -> str:
 
 
 def _parts(profile: dict[str, Any]) -> str:
-    span = profile["span"]
-    rows = [*profile["parts"].items(), ("no kernel running", span - profile["busy"])]
-    lines = [f"| {part} | {1e3 * seconds:.2f} | {seconds / span:.1%} |" for part, seconds in rows]
-    return "\n".join(["| part of the profiled step | ms | share |", "|---|---|---|", *lines])
+    busy, idle = profile["busy"], profile["idle"]
+    lines = [
+        f"| {part} | {1e3 * seconds:.2f} | {seconds / busy:.1%} |"
+        for part, seconds in profile["parts"].items()
+    ]
+    gaps = (
+        f"In the step as it is, no kernel runs for {1e3 * idle:.2f} ms, {idle / profile['span']:.1%} of it."
+    )
+    return "\n".join(["| kernels of | ms | share |", "|---|---|---|", *lines, "", gaps])
 
 
 def _kernels(profile: dict[str, Any]) -> str:
     lines = ["| kernel | instruction | part | calls | ms | share |", "|---|---|---|---|---|---|"]
     for kernel in profile["kernels"][:SHOWN]:
-        share = kernel["seconds"] / profile["span"]
+        share = kernel["seconds"] / profile["busy"]
         names = f"`{_short(kernel['name'])}` | {kernel['instruction']} | {kernel['part']}"
         lines.append(f"| {names} | {kernel['calls']:g} | {1e3 * kernel['seconds']:.2f} | {share:.1%} |")
     return "\n".join([f"The {SHOWN} costliest kernels of a step:", "", *lines])

@@ -34,7 +34,7 @@ base = replace(
     domains,
     model=replace(
         domains.model,
-        moe=replace(domains.model.moe, routing=TopK(k=4), balance=BIAS, dispatch=Dropless(tile=1024)),
+        moe=replace(domains.model.moe, routing=TopK(k=4), balance=BIAS, dispatch=Dropless()),
     ),
     train=replace(domains.train, steps=1000, evaluate_every=250),
     checkpoints=Checkpoints(every=250),

@@ -2,9 +2,10 @@
 
 One implementation a platform, chosen in `product` and `transpose_product`:
 
-    Hopper     kernels of `moe.kernels.hopper`
-    CPU, GPU   a loop over row tiles (`moe.kernels.tiles`)
-    TPU        `lax.ragged_dot`, which lowers to a native grouped kernel there
+    Hopper         kernels of `moe.kernels.hopper`, for numbers of two bytes
+    GPU            Triton kernels, from Ampere on (`moe.kernels.grouped_matmul_triton`)
+    CPU, old GPU   a loop over row tiles (`moe.kernels.tiles`)
+    TPU            `lax.ragged_dot`, which lowers to a native grouped kernel there
 
 `lax.ragged_dot` is not used on CPU and GPU because it expands to a dense product over all experts.
 """
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe.kernels import grouped_matmul_triton as triton
 from moe.kernels import hopper
 from moe.kernels.groups import TILES_AT_ONCE, Groups
 from moe.kernels.tiles import TileLoop, multiply, multiply_transposed
@@ -65,6 +67,8 @@ def product(
     """`grouped_matmul` on this platform, not differentiable; with `transposed` w is [E, F, D]."""
     if hopper.fits(groups, rows, w):
         return hopper.product(rows, w, groups, transposed=transposed)
+    if triton.fits(groups, rows, w):
+        return triton.product(rows, w, groups, transposed=transposed)
     return jax.lax.platform_dependent(
         rows,
         jnp.swapaxes(w, 1, 2) if transposed else w,
@@ -80,10 +84,12 @@ def transpose_product(
 ) -> Float[Array, "E D F"]:
     """rows_e^T @ cotangent_e over the rows of each expert: the gradient of its matrix.
 
-    Summed in float32, and left so but on Hopper, whose kernel rounds to the dtype of the rows.
+    Summed in float32, and left so but by the kernels for GPUs, which round to the dtype of the rows.
     """
     if hopper.fits(groups, rows, cotangent):
         return hopper.weight_gradient(rows, cotangent, groups)[0]
+    if triton.fits(groups, rows, cotangent):
+        return triton.transpose_product(rows, cotangent, groups)
     return jax.lax.platform_dependent(
         rows,
         cotangent,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from moe.kernels.groups import Groups
 
 SMALLEST = 16  # side of a block that tensor cores take
+AMPERE = 80  # compute capability that Triton asks for
 STRIP = 8  # row blocks that take each block of columns in turn, while both are in the L2 cache
 
 
@@ -48,9 +49,29 @@ class Blocks:
         return max(self.depth_bytes // jnp.dtype(dtype).itemsize, SMALLEST)
 
 
-def fits(groups: Groups) -> bool:
-    """Whether these kernels take such rows: a block of them must belong to one expert."""
-    return groups.tile % SMALLEST == 0
+def present() -> bool:
+    """Whether what is traced now will run on a card that these kernels compile for."""
+    if not plgpu.is_gpu_device():
+        return False
+    try:
+        return plgpu.get_gpu_info().compute_capability >= AMPERE
+    except ValueError:  # a card that Pallas does not know
+        return False
+
+
+def fits(groups: Groups, *operands: Float[Array, "..."]) -> bool:
+    """Whether the kernels take these, here: numbers of one type, in tiles that hold whole blocks.
+
+    Args:
+        groups: layout of the rows.
+        operands: rows and matrices, of any width.
+    """
+    return (
+        present()
+        and {jnp.dtype(x.dtype).name for x in operands} in ({"bfloat16"}, {"float16"}, {"float32"})
+        and groups.tile % SMALLEST == 0
+        and not groups.uniform
+    )
 
 
 def product(

@@ -10,14 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe.kernels import Groups, rows_needed
-from moe.kernels.grouped_matmul_triton import product, transpose_product
+from moe.kernels.grouped_matmul_triton import present, product, transpose_product
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        jax.default_backend() != "gpu" or float(jax.devices()[0].compute_capability) < 8,
-        reason="no GPU that Triton compiles for",
-    ),
+    pytest.mark.skipif(not present(), reason="no GPU that the kernels compile for"),
 ]
 EXPERTS, ASSIGNMENTS, TILE = 8, 3000, 128
 ROWS = rows_needed(ASSIGNMENTS, EXPERTS, TILE)

@@ -91,7 +91,8 @@ RESULTS = {
     "loss": [9.0, 8.0],
     "profile": {
         "span": 0.01,
-        "busy": 0.009,
+        "idle": 0.0005,
+        "busy": 0.012,
         "parts": {"experts": 0.006, "norms": 0.003},
         "kernels": [
             {
@@ -118,9 +119,9 @@ def test_the_page_gives_medians_and_shares():
         "2,000,000",
     ):
         assert cell in text
-    assert "| experts | 6.00 | 60.0% |" in text
-    assert "| no kernel running | 1.00 | 10.0% |" in text
-    assert f"`{'k' * 57}...` | custom-call.1 | experts | 6 | 6.00 | 60.0% |" in text
+    assert "| experts | 6.00 | 50.0% |" in text
+    assert "no kernel runs for 0.50 ms, 5.0% of it" in text
+    assert f"`{'k' * 57}...` | custom-call.1 | experts | 6 | 6.00 | 50.0% |" in text
 
 
 def test_a_page_without_peak_or_profile():

@@ -4,6 +4,7 @@ from functools import partial
 
 import hypothesis.extra.numpy as arrays
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -60,8 +61,8 @@ def test_many_assignments_to_many_experts():
 
 
 def test_each_group_counts_for_itself():
-    expert = np.random.default_rng(1).integers(0, 6, size=(3, 70)).astype(np.int32)
-    rank, load = jax.vmap(partial(queues, num_experts=6))(expert)
+    expert = np.random.default_rng(1).integers(0, 6, size=(3, 70))
+    rank, load = jax.vmap(partial(queues, num_experts=6))(jnp.asarray(expert))
     for g in range(3):
         expected, expected_load = naive_queues(expert[g], 6)
         np.testing.assert_array_equal(rank[g], expected)

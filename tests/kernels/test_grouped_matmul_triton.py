@@ -42,6 +42,12 @@ def make(group_sizes, tile, seed, dtype=np.float32):
     return *(jnp.asarray(a, dtype) for a in (rows, w, cotangent)), places, first
 
 
+def traced_for(card):
+    """Context for tracing and lowering as if `card` were here."""
+    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
 @partial(jax.jit, static_argnums=0)
 def all_three(tile, rows, w, cotangent, group_sizes):
     """Product, product with the transposed matrices, gradient of the matrices."""
@@ -122,13 +128,23 @@ def test_lowers_for_cards_that_are_not_here(card, dtype, width):
 
     shapes = [(1024, 2048), (8, 2048, width), (1024, width)]
     arrays = [*(jax.ShapeDtypeStruct(s, dtype) for s in shapes), jax.ShapeDtypeStruct((8,), jnp.int32)]
-    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with traced_for(card):
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("grouped_product") >= 2
     assert "grouped_transpose_product" in text
 
 
-def test_tiles_must_hold_blocks():
-    assert fits(Groups(jnp.array([1]), tile=48))
-    assert not fits(Groups(jnp.array([1]), tile=24))
+def test_what_fits():
+    """Any card from Ampere on, one type of numbers, tiles of whole blocks."""
+
+    def on(card, *dtypes, tile=48, uniform=False):
+        groups, operands = Groups(jnp.array([1]), tile, uniform), [jnp.zeros((48, 7), d) for d in dtypes]
+        with traced_for(card):
+            return fits(groups, *operands)
+
+    assert all(on(card, *2 * [dtype]) for card in CARDS for dtype in ("bfloat16", "float16", "float32"))
+    assert not any(on(card, "float32") for card in ("Tesla T4", "Tesla V100-SXM2-16GB", "gfx942"))
+    assert not on(CARDS[0], "float32", "bfloat16")
+    assert not on(CARDS[0], "float32", tile=24)
+    assert not on(CARDS[0], "float32", uniform=True)
+    assert not fits(Groups(jnp.array([1]), 48), jnp.zeros((48, 7)))  # no card at all

@@ -58,7 +58,7 @@ config = Ablation(
                 "coarse": {
                     "model.moe.num_experts": 16,
                     "model.moe.expert_width": 132,
-                    "model.moe.routing": TopK(k=1, scores="sigmoid", renormalize=False, scale=2.0),
+                    "model.moe.routing": TopK(k=1, renormalize=False),
                 },
             },
         ),

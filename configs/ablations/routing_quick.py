@@ -2,13 +2,7 @@
 
 uv run ablate.py configs/ablations/routing_quick.py
 
-The quickstart's model (4.4M parameters, 1.6M active) on two thirds of its tokens: 6 rows, 3 seeds, about a
-minute a run. All rows have the same active parameters but for the router.
-
-Expected: hash, random and frozen routing worse than learned (2604.14419); without balancing a far higher load
-of the busiest expert, MaxVio, than with the loss-free bias (2408.15664 table 2); 16 experts of width 128, 2 a
-token, better than 8 of width 256, 1 a token (2507.17702). Length matters: in the first 300,000 tokens, where
-the identity of a token is most of what can be learned, hash routing is ahead.
+Expected: TODO
 """
 
 from dataclasses import replace
@@ -16,16 +10,31 @@ from dataclasses import replace
 from configs.quickstart import config as quickstart
 from moe.ablation import Ablation, Axis
 from moe.balance import LossFreeBias, ZLoss
-from moe.nn import LinearRouter
+from moe.checkpoint import Checkpoints
+from moe.data import Data, TrainedBPE
+from moe.nn import AttentionConfig, LinearRouter
+from moe.optim import WSD, Muon
 from moe.routing import HashTokens, RandomExpert, TopK
+
+base = replace(
+    quickstart,
+    data=Data(tokenizer=TrainedBPE(vocab_size=1024), sequence_length=128),
+    model=replace(
+        quickstart.model,
+        vocab_size=1024,
+        width=64,
+        layers="MM",
+        attention=AttentionConfig(heads=2, kv_heads=1, head_width=32, qk_norm="head"),
+        moe=replace(quickstart.model.moe, num_experts=32, expert_width=64),
+    ),
+    optimizer=Muon(learning_rate=1.2e-2, schedule=WSD(warmup=30, decay_fraction=0.5, final=0.02)),
+    train=replace(quickstart.train, steps=340, batch_size=32, loss_chunks=1, evaluate_every=85),
+    checkpoints=Checkpoints(every=170),
+)
 
 config = Ablation(
     name="routing_quick",
-    base=replace(
-        quickstart,
-        train=replace(quickstart.train, steps=300, evaluate_every=100),
-        checkpoints=replace(quickstart.checkpoints, every=100),
-    ),
+    base=base,
     axes=(
         Axis(
             "routing",
@@ -36,12 +45,20 @@ config = Ablation(
                     "model.moe.router": LinearRouter(trained=False),
                     "model.moe.balance": (LossFreeBias(rate=1e-2),),
                 },
-                "hash": {"model.moe.routing": HashTokens(k=2), "model.moe.balance": ()},
-                "random": {"model.moe.routing": RandomExpert(k=2), "model.moe.balance": ()},
+                "hash": {
+                    "model.moe.routing": HashTokens(k=2),
+                    "model.moe.balance": (),
+                    "model.moe.expert_width": 68,
+                },
+                "random": {
+                    "model.moe.routing": RandomExpert(k=2),
+                    "model.moe.balance": (),
+                    "model.moe.expert_width": 68,
+                },
                 "coarse": {
-                    "model.moe.num_experts": 8,
-                    "model.moe.expert_width": 256,
-                    "model.moe.routing": TopK(k=1, scores="sigmoid", renormalize=False),
+                    "model.moe.num_experts": 16,
+                    "model.moe.expert_width": 132,
+                    "model.moe.routing": TopK(k=1, renormalize=False),
                 },
             },
         ),

@@ -135,7 +135,7 @@ def draw(case: Case, seed, plan):
     inward, outward = case.width**-0.5, case.hidden**-0.5
     return {
         "plan": plan,
-        "combine_weight": jax.random.normal(next(keys), (case.assignments,)),
+        "combine_weight": jax.random.uniform(next(keys), (case.assignments,)),  # positive: nothing cancels
         "x": normal(case.tokens, case.width),
         "y_bar": normal(case.tokens, case.width),
         "rows": in_rows(case.width, 100.0),

@@ -1,0 +1,144 @@
+"""What a layer calls of the Hopper kernels, each on random data and with tiles to try."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.errors import UserError
+from moe.kernels import hopper
+from moe.kernels.groups import Groups, rows_needed
+from moe.kernels.hopper import Tiles, tiling
+from moe.kernels.hopper.pipeline import ROWS
+from moe.kernels.hopper.tiling import BY_ROWS, Case
+
+STRIPS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    per_token: int
+
+    @staticmethod
+    def parse(text: str) -> "LayerShape":
+        """From T,D,F,E,K.
+
+        Raises:
+            UserError: it is not that.
+        """
+        parts = text.split(",")
+        if len(parts) != 5 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise UserError(
+                f"shapes: {text!r} must be five numbers T,D,F,E,K, for example 32768,2048,1024,64,8"
+            )
+        shape = LayerShape(*map(int, parts))
+        if shape.width % 128 or shape.hidden % 128:
+            raise UserError(f"shapes: D and F of {text!r} must be multiples of 128")
+        return shape
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel as the layer calls it."""
+
+    case: Case
+    flops: int
+    run: Callable[[dict[str, Any], Tiles], Any]
+
+    def column_tiles(self, tiles: Tiles) -> int:
+        """How many lie side by side: no strip is wider."""
+        doubled = self.case.kernel in ("swiglu_product", "weight_gradient")  # two matrices
+        return -(-self.case.width // tiles.columns) * (1 + doubled)
+
+    def forms(self) -> list[Tiles]:
+        """Tiles to try first, the rule's at the head."""
+        rule = self.case.rule()
+        sides = ((BY_ROWS, 256), (2 * BY_ROWS, 128), (BY_ROWS, 128), (ROWS, 256))
+        found = [rule]
+        for rows, columns in sides:
+            most = tiling.most_stages(rows, columns)
+            for stages in (most, most - 1) if rows * columns == tiling.MOST_SUMS else (most,):
+                found.append(replace(rule, rows=rows, columns=columns, stages=stages))
+        return [tiles for tiles in dict.fromkeys(found) if self.case.takes(tiles)]
+
+    def orders(self, tiles: Tiles) -> list[Tiles]:
+        """The same tiles in every order that differs."""
+        most = self.column_tiles(tiles)
+        strips = {min(strip, most) for strip in STRIPS} - {min(tiles.strip, most)}
+        return [tiles, *(replace(tiles, strip=strip) for strip in sorted(strips))]
+
+
+def works(shape: LayerShape, tile: int) -> list[Work]:
+    """All that a step of a layer of this shape calls."""
+    d, f = shape.width, shape.hidden
+    once = 2 * shape.tokens * shape.per_token * d * f
+
+    def work(kernel, depth, width, products, run):
+        return Work(Case(kernel, depth, width, shape.experts, tile), products * once, run)
+
+    def swiglu_product(a, tiles):
+        inward = (a["w_gate"], a["w_up"], a["groups"])
+        return hopper.swiglu_product(a["x"], *inward, token=a["token"], tiles=tiles)
+
+    def swiglu_backward(a, tiles):
+        inputs = (a["x"], a["w_down"], a["h"], a["weight"], a["groups"])
+        return hopper.swiglu_backward(*inputs, token=a["token"], tiles=tiles)
+
+    def inward_transposed(a, tiles):
+        return hopper.inward_transposed(a["h"], a["w_gate"], a["w_up"], a["groups"], tiles=tiles)
+
+    def inward_gradient(a, tiles):
+        rows = (a["x"], a["h"], a["groups"])
+        return hopper.weight_gradient(*rows, matrices=2, x_token=a["token"], tiles=tiles)
+
+    def down_gradient(a, tiles):
+        return hopper.weight_gradient(a["hidden"], a["x"], a["groups"], y_token=a["token"], tiles=tiles)
+
+    return [
+        work("swiglu_product", d, f, 2, swiglu_product),
+        work("product", f, d, 1, lambda a, t: hopper.product(a["hidden"], a["w_down"], a["groups"], tiles=t)),
+        work("product", d, f, 1, lambda a, t: hopper.product(a["rows"], a["w_up"], a["groups"], tiles=t)),
+        work("swiglu_backward", d, f, 1, swiglu_backward),
+        work("inward_transposed", 2 * f, d, 2, inward_transposed),
+        work("weight_gradient", d, f, 2, inward_gradient),
+        work("weight_gradient, gathered columns", f, d, 1, down_gradient),
+    ]
+
+
+def draw(shape: LayerShape, tile: int) -> dict[str, Any]:
+    """Random tokens, matrices and loads, the same every time."""
+    random, assignments = np.random.default_rng(0), shape.tokens * shape.per_token
+    sizes = random.multinomial(assignments, np.full(shape.experts, 1 / shape.experts))
+    groups = Groups(jnp.asarray(sizes, jnp.int32), tile)
+    rows, experts, d, f = (
+        rows_needed(assignments, shape.experts, tile),
+        shape.experts,
+        shape.width,
+        shape.hidden,
+    )
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def normal(*shape, std=1.0):
+        return std * jax.random.normal(next(keys), shape, jnp.bfloat16)
+
+    return {
+        "groups": groups,
+        "token": jnp.asarray(random.permutation(rows) % shape.tokens, jnp.int32),
+        "weight": jax.random.uniform(next(keys), (rows,)),
+        "x": normal(shape.tokens, d),
+        "rows": normal(rows, d),
+        "hidden": normal(rows, f),
+        "h": normal(rows, 2 * f),
+        "w_gate": normal(experts, d, f, std=d**-0.5),
+        "w_up": normal(experts, d, f, std=d**-0.5),
+        "w_down": normal(experts, f, d, std=f**-0.5),
+    }

@@ -2,16 +2,17 @@
 
 uv run ablate.py configs/ablations/routing_quick.py
 
-Two layers of width 64 with 32 experts of width 64, 2 a token (0.95M parameters, 0.21M active), on 1.4M tokens: 6
-rows, 3 seeds, about a minute a run on two quiet cores. Rows differ by less than 1 % in active FLOPs; hash and random
-routing get wider experts for the router that they lack.
+Two layers of width 64 with 32 experts of width 64, 2 a token (0.95M parameters, 0.21M active), on 1.4M
+tokens: 6 rows, 3 seeds, about a minute a run on two quiet cores. Rows differ by less than 1 % in active
+FLOPs; hash and random routing get wider experts for the router that they lack.
 
-Expected (docs/results/routing_quick, mean difference in validation loss and 95 % interval over seeds, nats per
-token): hash +0.126 [0.074, 0.177], random +0.327 [0.273, 0.381] and frozen routing +0.081 [0.036, 0.126] worse
-than learned (2604.14419); without balancing a MaxVio of 13.2 instead of 0.4 (2408.15664 table 2), and +0.087 [0.044,
-0.130]. 32 experts, 2 a token, are ahead of 16 of twice the width, 1 a token (2507.17702), by 0.019 [-0.071, 0.108]:
-the right side, not decided by three seeds. The size of a run matters: on 0.3M tokens, where the identity of a
-token is most of what can be learned, hash routing is ahead.
+Expected (docs/results/routing_quick, mean difference in validation loss and 95 % interval over seeds, nats
+per token): hash +0.126 [0.074, 0.177], random +0.327 [0.273, 0.381] and frozen routing +0.081 [0.036,
+0.126] worse than learned (2604.14419); without balancing a MaxVio of 13.2 instead of 0.4 (2408.15664 table
+2), and +0.087 [0.044, 0.130]. 32 experts, 2 a token, are ahead of 16 of twice the width, 1 a token
+(2507.17702), by 0.019 [-0.071, 0.108]: the right side, not decided by three seeds. The size of a run
+matters: on 0.3M tokens, where the identity of a token is most of what can be learned, hash routing is
+ahead.
 """
 
 from dataclasses import replace

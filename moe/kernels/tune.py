@@ -59,22 +59,30 @@ class Options:
 
 
 class Candidates:
-    """Ways to cut one kernel's work, compiling in threads; the rule's comes first."""
+    """Ways to cut one kernel's work, compiled in threads; the first of all is the rule's."""
 
-    def __init__(self, work: Work, candidates: list[Tiles], inputs: dict[str, Any], pool: Executor):
-        self.work, self.inputs = work, inputs
+    def __init__(self, work: Work, inputs: dict[str, Any], pool: Executor):
+        self.work, self._inputs, self._pool = work, inputs, pool
         self._programs: dict[Tiles, Future] = {}
         self._rejected: dict[Tiles, str] = {}
-        for tiles in dict.fromkeys([work.case.rule(), *candidates]):
+        self._agree: Future | None = None
+
+    def add(self, candidates: list[Tiles]) -> None:
+        """Begin to compile those that are new."""
+        for tiles in dict.fromkeys(candidates):
+            if tiles in self._programs or tiles in self._rejected:
+                continue
             try:
-                lowered = jax.jit(lambda inputs, tiles=tiles: work.run(inputs, tiles)).lower(inputs)
+                lowered = jax.jit(lambda inputs, tiles=tiles: self.work.run(inputs, tiles)).lower(
+                    self._inputs
+                )
             except Exception as error:  # whatever the compiler says of one way, others may still do
                 self._rejected[tiles] = one_line(error)
                 continue
-            self._programs[tiles] = pool.submit(lowered.compile)
-            if tiles == work.case.rule():
-                agreement = jax.jit(agree).lower(lowered.out_info, lowered.out_info, inputs)
-                self._agree = pool.submit(agreement.compile)
+            self._programs[tiles] = self._pool.submit(lowered.compile)
+            if self._agree is None:
+                agreement = jax.jit(agree).lower(lowered.out_info, lowered.out_info, self._inputs)
+                self._agree = self._pool.submit(agreement.compile)
 
     def wait(self) -> None:
         """Until all are compiled."""
@@ -84,26 +92,34 @@ class Candidates:
         """Median seconds of each that gives what the rule's gives, by rounds in which they take turns."""
         programs, calls = self._right_ones(), {}
         for tiles, program in programs.items():
-            calls[tiles] = max(1, round(SECONDS_OF_A_TURN / _seconds(program, self.inputs, 1)))
-        rounds = [{t: _seconds(p, self.inputs, calls[t]) for t, p in programs.items()} for _ in range(ROUNDS)]
+            calls[tiles] = max(1, round(SECONDS_OF_A_TURN / _seconds(program, self._inputs, 1)))
+        rounds = [
+            {t: _seconds(p, self._inputs, calls[t]) for t, p in programs.items()} for _ in range(ROUNDS)
+        ]
         return {tiles: statistics.median(r[tiles] for r in rounds) for tiles in programs}
 
     def _right_ones(self) -> dict[Tiles, Any]:
+        """Compiled programs whose results were compared; none where the rule's does not run."""
         right, expected = {}, None
         for tiles, future in self._programs.items():
+            if tiles in self._rejected:
+                continue
             try:
                 program = future.result()
-                result = program(self.inputs)
+                result = program(self._inputs)
                 expected = result if expected is None else expected
-                if self._agree.result()(result, expected, self.inputs):
+                if self._agree and self._agree.result()(result, expected, self._inputs):
                     right[tiles] = program
                 else:
                     self._rejected[tiles] = "its result differs from that of the rule's tiles"
             except Exception as error:
                 self._rejected[tiles] = one_line(error)
+        return right if self.work.case.rule() in right else {}
+
+    def complain(self) -> None:
+        """Say what was rejected, and why."""
         for tiles, why in self._rejected.items():
             print(f"  {self.work.case.kernel}: rejected {in_words(tiles)}: {why[:200]}", flush=True)
-        return right if self.work.case.rule() in right else {}
 
 
 def agree(a, b, inputs) -> jax.Array:
@@ -123,28 +139,31 @@ def agree(a, b, inputs) -> jax.Array:
 
 def tune_layer(shape: LayerShape, tile: int, pool: Executor, deadline: float) -> list[Measured]:
     """The best tiles of its kernels, but of those whose turn did not come before the deadline."""
-    inputs = draw(shape, tile)
+    inputs, found = draw(shape, tile), []
+    everything = [Candidates(work, inputs, pool) for work in works(shape, tile)]
 
-    def measured(ways: list[tuple[Work, list[Tiles]]]) -> Iterator[tuple[Work, dict[Tiles, float]]]:
-        everything = [Candidates(work, tiles, inputs, pool) for work, tiles in ways]
+    def measured() -> Iterator[tuple[Candidates, Tiles, dict[Tiles, float]]]:
         for candidates in everything:
             candidates.wait()
         for candidates in everything:
             if time.monotonic() < deadline and (times := candidates.times()):
-                yield candidates.work, times
+                yield candidates, min(times, key=times.__getitem__), times
 
-    forms = measured([(work, work.forms()) for work in works(shape, tile)])
-    best = [(work, work.orders(min(times, key=times.__getitem__))) for work, times in forms]
-    found = []
-    for work, times in measured(best):
-        tiles = min(times, key=times.__getitem__)
-        found.append(Measured(work.case, tiles, 1e3 * times[tiles], 1e3 * times[work.case.rule()]))
-        speed, by_rule = (work.flops / ms / 1e9 for ms in (found[-1].ms, found[-1].rule_ms))
+    for candidates in everything:
+        candidates.add(candidates.work.forms())
+    for candidates, best, _ in list(measured()):
+        candidates.add(candidates.work.orders(best))
+    for candidates, best, times in measured():
+        case = candidates.work.case
+        found.append(Measured(case, best, 1e3 * times[best], 1e3 * times[case.rule()]))
+        speed, by_rule = (candidates.work.flops / ms / 1e9 for ms in (found[-1].ms, found[-1].rule_ms))
         print(
-            f"  {work.case.kernel:33} {work.case.depth:6} to {work.case.width:6}  "
-            f"{speed:4.0f} TF/s with {in_words(tiles)}; by the rule {by_rule:.0f}",
+            f"  {case.kernel:33} {case.depth:6} to {case.width:6}  {speed:4.0f} TF/s with {in_words(best)}; "
+            f"by the rule {by_rule:.0f}",
             flush=True,
         )
+    for candidates in everything:
+        candidates.complain()
     return found
 
 

@@ -55,20 +55,21 @@ class Work:
     run: Callable[[dict[str, Any], Tiles], Any]
 
     def column_tiles(self, tiles: Tiles) -> int:
-        """How many lie side by side: no strip is wider."""
-        doubled = self.case.kernel in ("swiglu_product", "weight_gradient")  # two matrices
-        return -(-self.case.width // tiles.columns) * (1 + doubled)
+        """How many lie side by side, of both matrices where there are two: no strip is wider."""
+        match self.case.kernel:
+            case "swiglu_product":
+                return -(-2 * self.case.width // tiles.columns)
+            case "weight_gradient":
+                return 2 * -(-self.case.width // tiles.columns)
+            case _:
+                return -(-self.case.width // tiles.columns)
 
     def forms(self) -> list[Tiles]:
-        """Tiles to try first, the rule's at the head."""
+        """Tiles to try first, the rule's at the head; each with the deepest ring that fits."""
         rule = self.case.rule()
         sides = ((BY_ROWS, 256), (2 * BY_ROWS, 128), (BY_ROWS, 128), (ROWS, 256))
-        found = [rule]
-        for rows, columns in sides:
-            most = tiling.most_stages(rows, columns)
-            for stages in (most, most - 1) if rows * columns == tiling.MOST_SUMS else (most,):
-                found.append(replace(rule, rows=rows, columns=columns, stages=stages))
-        return [tiles for tiles in dict.fromkeys(found) if self.case.takes(tiles)]
+        others = [replace(rule, rows=r, columns=c, stages=tiling.most_stages(r, c)) for r, c in sides]
+        return [tiles for tiles in dict.fromkeys([rule, *others]) if self.case.takes(tiles)]
 
     def orders(self, tiles: Tiles) -> list[Tiles]:
         """The same tiles in every order that differs."""
@@ -115,24 +116,23 @@ def works(shape: LayerShape, tile: int) -> list[Work]:
 
 
 def draw(shape: LayerShape, tile: int) -> dict[str, Any]:
-    """Random tokens, matrices and loads, the same every time."""
-    random, assignments = np.random.default_rng(0), shape.tokens * shape.per_token
-    sizes = random.multinomial(assignments, np.full(shape.experts, 1 / shape.experts))
-    groups = Groups(jnp.asarray(sizes, jnp.int32), tile)
-    rows, experts, d, f = (
-        rows_needed(assignments, shape.experts, tile),
-        shape.experts,
-        shape.width,
-        shape.hidden,
-    )
+    """Random arrays and an even choice of experts, the same every time; rows lie as the dispatch lays them."""
+    random, experts, d, f = np.random.default_rng(0), shape.experts, shape.width, shape.hidden
+    expert = random.integers(experts, size=shape.tokens * shape.per_token)
+    rows = rows_needed(len(expert), experts, tile)
+    order, sizes = np.argsort(expert, kind="stable"), np.bincount(expert, minlength=experts)
+    padding = -sizes % tile
+    row = np.arange(len(expert)) + np.repeat(np.cumsum(padding) - padding, sizes)
+    token = np.zeros(rows, np.int32)
+    token[row] = order // shape.per_token
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def normal(*shape, std=1.0):
         return std * jax.random.normal(next(keys), shape, jnp.bfloat16)
 
     return {
-        "groups": groups,
-        "token": jnp.asarray(random.permutation(rows) % shape.tokens, jnp.int32),
+        "groups": Groups(jnp.asarray(sizes, jnp.int32), tile),
+        "token": jnp.asarray(token),
         "weight": jax.random.uniform(next(keys), (rows,)),
         "x": normal(shape.tokens, d),
         "rows": normal(rows, d),

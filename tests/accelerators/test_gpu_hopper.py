@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU, each and together, against float32 tile by tile.
 
-`JAX_PLATFORMS=cuda uv run --extra gpu pytest -n 0 -m gpu tests/accelerators/test_hopper.py`
+`JAX_PLATFORMS=cuda uv run --extra gpu pytest -n 0 -m gpu tests/accelerators/test_gpu_hopper.py`
 
 Everything is compiled once for each shape, in parallel; group sizes are data. Free memory is filled with NaN
 before each run, so that what a kernel leaves unwritten, or reads though it may not, shows.

@@ -215,7 +215,12 @@ def known(out: Path) -> dict[Case, Measured]:
     Raises:
         UserError: the file is no table, or cannot be written.
     """
-    if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = not out.is_dir() and os.access(out if out.exists() else out.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
         raise UserError(f"out: {out} cannot be written; choose another file with --out")
     try:
         table = tiling.from_json(out.read_text()) if out.exists() else []

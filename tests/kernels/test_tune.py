@@ -3,6 +3,7 @@
 import hopper_reference
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe.errors import UserError
@@ -91,7 +92,7 @@ def test_results_are_compared_where_rows_are():
         (["--shapes", "1,2,3"], "'1,2,3' must be five numbers"),
         (["--shapes", "32,128,100,2,2"], "multiples of 128"),
         (["--tile", 100], "tile=100 must be a multiple of 64"),
-        (["--out", "/nowhere/table.json"], "/nowhere/table.json cannot be written"),
+        (["--out", "/dev/null/table.json"], "/dev/null/table.json cannot be written"),
     ],
 )
 def test_bad_input_is_refused(monkeypatch, on_hopper, arguments, message):
@@ -105,6 +106,20 @@ def test_what_is_no_table_is_left_alone(monkeypatch, on_hopper, tmp_path):
     with pytest.raises(UserError, match=r"notes\.json is no table of tiles"):
         run(monkeypatch, "--out", out)
     assert out.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("experts", [3, 64])
+def test_rows_are_drawn_as_they_lie_in_groups(experts):
+    """Tokens of an expert in order, no token's assignments lost, nothing but zeros in the padding."""
+    shape = works.LayerShape(tokens=40, width=128, hidden=128, experts=experts, per_token=3)
+    inputs = works.draw(shape, 64)
+    used = hopper_reference.used_rows(inputs["groups"], len(inputs["token"]))
+    token = np.asarray(inputs["token"])
+    np.testing.assert_array_equal(np.bincount(token[used], minlength=40), 3)
+    assert not token[~used].any()
+    start = inputs["groups"].starts()
+    for first, size in zip(start, inputs["groups"].group_sizes, strict=True):
+        assert (np.diff(token[first : first + size]) >= 0).all()
 
 
 def test_it_needs_a_hopper_gpu(monkeypatch):

@@ -177,7 +177,7 @@ def to_json(table: list[Measured], provenance: dict[str, str]) -> str:
 def _hint(chip: str) -> None:
     """Once."""
     print(
-        f"note: no tiles were measured on an {chip}, so the experts' kernels take a rule's; "
+        f"note: no tiles were measured on the {chip}, so the experts' kernels take a rule's; "
         "`python -m moe.kernels.tune` finds the best in a few minutes",
         file=sys.stderr,
     )

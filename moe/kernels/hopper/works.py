@@ -116,7 +116,7 @@ def works(shape: LayerShape, tile: int) -> list[Work]:
 
 
 def draw(shape: LayerShape, tile: int) -> dict[str, Any]:
-    """Random arrays and an even choice of experts, the same every time; rows lie as the dispatch lays them."""
+    """Random arrays and an even choice of experts, always the same; rows lie as the dispatch lays them."""
     random, experts, d, f = np.random.default_rng(0), shape.experts, shape.width, shape.hidden
     expert = random.integers(experts, size=shape.tokens * shape.per_token)
     rows = rows_needed(len(expert), experts, tile)

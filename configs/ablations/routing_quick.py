@@ -9,8 +9,8 @@ FLOPs; hash and random routing get wider experts for the router that they lack.
 Expected (docs/results/routing_quick, mean difference in validation loss and 95 % interval over seeds, nats
 per token): hash +0.126 [0.074, 0.177], random +0.327 [0.273, 0.381] and frozen routing +0.081 [0.036,
 0.126] worse than learned (2604.14419); without balancing a MaxVio of 13.2 instead of 0.4 (2408.15664 table
-2), and +0.087 [0.044, 0.130]. 32 experts, 2 a token, are ahead of 16 of twice the width, 1 a token
-(2507.17702), by 0.019 [-0.071, 0.108]: the right side, not decided by three seeds. The size of a run
+2), and +0.087 [0.044, 0.130]. Undecided by three seeds: 16 experts of twice the width, 1 a token, instead of
+32, 2 a token, +0.019 [-0.071, 0.108], where 2507.17702 finds finer experts ahead. The size of a run
 matters: on 0.3M tokens, where the identity of a token is most of what can be learned, hash routing is
 ahead.
 """

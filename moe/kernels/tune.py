@@ -168,8 +168,9 @@ def tune_layer(shape: LayerShape, tile: int, pool: Executor, deadline: float) ->
 
 
 def in_words(tiles: Tiles) -> str:
-    """128 x 256, 4 stages, strip 8."""
-    return f"{tiles.rows} x {tiles.columns}, {tiles.stages} stages, strip {tiles.strip}"
+    """128 x 256, 4 stages, strips of 8 along rows."""
+    strips = f"strips of {tiles.strip} along {tiles.along}"
+    return f"{tiles.rows} x {tiles.columns}, {tiles.stages} stages, {strips}"
 
 
 def _seconds(program, inputs, calls: int) -> float:

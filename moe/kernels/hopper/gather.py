@@ -1,7 +1,7 @@
 """Rows of a matrix, each from its own place, straight into a stage of shared memory.
 
-Hopper's copy engine takes boxes only, so every thread of the loader copies pieces of 16 bytes (`cp.async`).
-They mark no barrier by themselves: the loader waits for those of a step while later ones are under way.
+Hopper's copy engine takes boxes only, so every thread of the loader copies pieces of 16 bytes (`cp.async`),
+and the stage's barrier counts them when they land: the loader never waits for them.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax._src.pallas.mosaic_gpu import core, primitives
+from jax._src.pallas.mosaic_gpu.lowering import register_lowering_rule
+from jax._src.state import primitives as state_primitives
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Primitive
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from moe.kernels.hopper.pipeline import DEPTH, Ring, swizzled
+from moe.kernels.hopper.pipeline import DEPTH, swizzled
 
-LAG = 1  # steps whose copies are under way while the next one's are started
 THREADS, PIECE = 128, 8  # of the loader; numbers of two bytes that one copy takes
 SCALAR = plgpu.Layout.WG_SPLAT(())
 _inline: Any = plgpu.inline_mgpu  # adds the context to a function's arguments, which its type does not say
@@ -66,8 +68,8 @@ class RowGather:
 
         return read(token_ref, first)
 
-    def start(self, x_ref, tokens, column, into) -> None:
-        """Start the copies of columns `column` and following of rows `tokens` of the matrix."""
+    def start(self, x_ref, tokens, column, into, barrier) -> None:
+        """Start the copies of columns `column` and following of rows `tokens`; they arrive at the barrier."""
         types = (plgpu.RefType(), self._layout, SCALAR, plgpu.RefType(swizzled()))
 
         @_inline(arg_types=types)
@@ -90,9 +92,9 @@ class RowGather:
                     2 * PIECE,
                     nvvm.LoadCacheModifierKind.CG,
                 )
-            nvvm.cp_async_commit_group()
 
         copy(x_ref, tokens, column, into)
+        _mark_when_copied(barrier)
 
     def _swizzled(self, row: ir.Value, piece: ir.Value) -> ir.Value:
         """Where a piece stands in a stage: tiles of 8 rows and 64 columns, their pieces swapped by row."""
@@ -108,39 +110,38 @@ class RowGather:
         return utils.dyn_dot([tile, in_row, swapped], [number(8 * DEPTH), number(DEPTH), number(PIECE)])
 
 
-def landed(under_way: int) -> None:
-    """Wait until the copies of all but the last `under_way` steps are there for `wgmma` to see."""
+def see_copies() -> None:
+    """Let `wgmma` see a full stage that threads have written, not the copy engine."""
 
     @_inline()
-    def wait(ctx):
-        nvvm.cp_async_wait_group(under_way)
+    def fence(ctx):
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
-    wait()
+    fence()
 
 
-def mark_landed(ring: Ring, slot, pending):
-    """After the copies into `slot` were started: mark the stage full whose copies are `LAG` steps old.
-
-    Args:
-        ring: the stages.
-        slot: just started.
-        pending: earlier steps that are not marked yet, at most `LAG`.
-
-    Returns:
-        The steps that are not marked now.
-    """
-    landed(LAG)
-    plgpu.barrier_arrive(ring.full.at[ring.before(slot, LAG)], predicate=pending == LAG)
-    return lax.select(pending == LAG, pending, pending + 1)
+# Pallas has no name yet for the arrival of a thread's own copies; `barrier_arrive` is the model.
+_arrive_with_copies = Primitive("arrive_with_copies")
+_arrive_with_copies.multiple_results = True
 
 
-def mark_all_landed(ring: Ring, slot, pending):
-    """Mark the stages before `slot` full whose copies are not marked yet; returns their number, zero."""
-    landed(0)
-    for age in range(LAG, 0, -1):
-        plgpu.barrier_arrive(ring.full.at[ring.before(slot, age)], predicate=pending >= age)
-    return jnp.zeros_like(pending)
+def _mark_when_copied(barrier) -> None:
+    """Arrive at a barrier, once for all threads, when the copies that each has started are done."""
+    barrier, transforms = state_primitives.get_ref_and_transforms(barrier, None, "arrive_with_copies")
+    leaves, tree = jax.tree.flatten(transforms)
+    _arrive_with_copies.bind(barrier, *leaves, tree=tree)
+
+
+@_arrive_with_copies.def_effectful_abstract_eval
+def _no_result(barrier, *leaves, tree):
+    return (), {core._memory_effect}
+
+
+@register_lowering_rule(_arrive_with_copies, plgpu.LoweringSemantics.Lane)
+def _arrive(ctx, barrier, *leaves, tree):
+    index = primitives._get_barrier_base_index(ctx.avals_in[0], tree.unflatten(leaves))
+    nvvm.cp_async_mbarrier_arrive(barrier[index].get_ptr(), noinc=True)
+    return ()
 
 
 def _thread() -> ir.Value:

@@ -40,7 +40,14 @@ class Tiles:
     """Depth of the ring of operands."""
 
     strip: int = 4
-    """Column tiles taken one after the other before the next row tile."""
+    """Output tiles taken one after the other across a strip of the output, before the next ones along it."""
+
+    along: str = "rows"
+    """Strips are so many column tiles wide and run along "rows", or row tiles high along "columns"."""
+
+    def place(self, index, rows, columns):
+        """Row and column of the output tile whose turn it is; the output has rows x columns of them."""
+        return plgpu.planar_snake(index, (rows, columns), 1 if self.along == "rows" else 0, self.strip)
 
 
 def swizzled() -> tuple:
@@ -74,16 +81,16 @@ class Ring:
         """The stage after this one."""
         return lax.select(slot == self.stages - 1, jnp.int32(0), slot + 1)
 
-    def before(self, slot, steps: int = 1):
-        """The stage that many steps before this one."""
-        return lax.select(slot < steps, slot + (self.stages - steps), slot - steps)
+    def before(self, slot):
+        """The stage before this one."""
+        return lax.select(slot == 0, jnp.int32(self.stages - 1), slot - 1)
 
-    def fill(self, steps, load: Callable, slot, carry):
-        """Load `steps` stages.
+    def fill(self, steps, load: Callable, slot, carry=None):
+        """Load `steps` stages from `slot` on, each as soon as it is empty.
 
         Args:
             steps: how many.
-            load: `load(step, slot, carry)` starts the copies of an empty one and gives the new carry.
+            load: `load(step, slot, carry)` starts the copies of one and gives the new carry.
             slot: the first.
             carry: anything.
 
@@ -104,11 +111,23 @@ class Ring:
         for slot in range(self.stages):
             plgpu.barrier_arrive(self.empty.at[slot])
 
-    def multiply(self, steps, products: Callable, slot):
-        """Multiply `steps` stages; `products(slot)` lists accumulator, left and right operand of each."""
+    def multiply(self, steps, products: Callable, slot, on_full: Callable | None = None):
+        """Multiply `steps` stages.
+
+        Args:
+            steps: how many.
+            products: `products(slot)` lists accumulator, left and right operand of each product of a stage.
+            slot: the first.
+            on_full: called when a stage is full, before it is read.
+
+        Returns:
+            The stage after the last.
+        """
 
         def one(step, slot):
             plgpu.barrier_wait(self.full.at[slot])
+            if on_full:
+                on_full()
             started = [plgpu.wgmma(*product) for product in products(slot)]
             plgpu.wgmma_wait(len(started))
             plgpu.barrier_arrive(self.empty.at[self.before(slot)], predicate=step > 0)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe.kernels.groups import Groups
-from moe.kernels.hopper.gather import RowGather, mark_all_landed, mark_landed
+from moe.kernels.hopper.gather import RowGather, see_copies
 from moe.kernels.hopper.pipeline import (
     DEPTH,
     LOADER_REGISTERS,
@@ -106,7 +106,7 @@ def rows_kernel(
     if groups.tile % tiles.rows:
         raise ValueError(f"tiles of {tiles.rows} rows do not divide groups padded to {groups.tile}")
     per_group_tile = groups.tile // tiles.rows
-    steps, strip, part = pl.cdiv(depth, DEPTH), min(tiles.strip, column_tiles), tiles.columns // copies_of_b
+    steps, part = pl.cdiv(depth, DEPTH), tiles.columns // copies_of_b
     gather = RowGather(tiles.rows, DEPTH)
     out_type = [jax.ShapeDtypeStruct((rows, width), x.dtype) for width in widths]
     out_type += [] if partial_sums is None else [partial_sums]
@@ -114,51 +114,45 @@ def rows_kernel(
     def body(expert_ref, used_ref, *refs):
         refs, outs, scratch = refs[: -len(out_type) - 5], refs[-len(out_type) - 5 : -5], refs[-5:]
         ring, staging = Ring(*scratch[:4], stages=tiles.stages), scratch[4]
+        on_full = None if token is None else see_copies
         token_ref, x_ref, *other_refs = refs if token is not None else (None, *refs)
         warpgroup = lax.axis_index("warpgroup")
         used = used_ref[0] * per_group_tile
         items = (used * column_tiles,)
 
         def place(info):
-            return plgpu.planar_snake(info.index[0], (used, column_tiles), 1, strip)
+            return tiles.place(info.index[0], used, column_tiles)
 
         @pl.when(warpgroup == MULTIPLIERS)
         def _load():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            zero = jnp.int32(0)
 
-            @plgpu.nd_loop(items, collective_axes="program", init_carry=(zero, zero))
-            def last(info, carry):
+            @plgpu.nd_loop(items, collective_axes="program", init_carry=jnp.int32(0))
+            def _tile(info, carry):
                 row, column = place(info)
                 expert = expert_ref[lax.div(row, jnp.int32(per_group_tile))]
                 mine = pl.ds(row * tiles.rows, tiles.rows)
                 tokens = None if token is None else gather.tokens(token_ref, row * tiles.rows)
 
-                def load(step, slot, pending):
-                    load_b(other_refs, expert, step, column, ring.b.at[slot], ring.full.at[slot])
+                def load(step, slot, _):
+                    full = ring.full.at[slot]
+                    load_b(other_refs, expert, step, column, ring.b.at[slot], full)
                     if token is not None:
-                        gather.start(x_ref, tokens, step * DEPTH, ring.a.at[slot])
-                        return mark_landed(ring, slot, pending)
-                    k = pl.ds(step * DEPTH, DEPTH)
-                    plgpu.copy_gmem_to_smem(x_ref.at[mine, k], ring.a.at[slot], ring.full.at[slot])
-                    return pending
+                        gather.start(x_ref, tokens, step * DEPTH, ring.a.at[slot], full)
+                    else:
+                        k = pl.ds(step * DEPTH, DEPTH)
+                        plgpu.copy_gmem_to_smem(x_ref.at[mine, k], ring.a.at[slot], full)
 
-                slot, pending = ring.fill(steps, load, *carry)
+                slot, _ = ring.fill(steps, load, carry)
                 load_more = load_extra
                 if load_more is None:
-                    return slot, pending
+                    return slot
 
-                def extra(step, slot, pending):
+                def extra(step, slot, _):
                     a, b, full = ring.a.at[slot], ring.b.at[slot], ring.full.at[slot]
                     load_more(other_refs, step, mine, column, a, b, full)
-                    return pending
 
-                if token is not None:
-                    pending = mark_all_landed(ring, slot, pending)
-                return ring.fill(extra_steps, extra, slot, pending)
-
-            if token is not None:
-                mark_all_landed(ring, *last)
+                return ring.fill(extra_steps, extra, slot)[0]
 
         @pl.when(warpgroup < MULTIPLIERS)
         def _multiply():
@@ -182,7 +176,7 @@ def rows_kernel(
                         sums = [acc_ref.at[:, pl.ds(i * my_part, my_part)] for i in range(copies_of_b)]
                         return [(to, a, ring.b.at[slot, i, :, my_columns]) for i, to in enumerate(sums)]
 
-                    slot = ring.multiply(steps, products, carry)
+                    slot = ring.multiply(steps, products, carry, on_full)
                     return acc_ref[...], slot
 
                 acc, slot = pl.run_scoped(

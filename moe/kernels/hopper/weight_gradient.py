@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moe.kernels.groups import Groups
-from moe.kernels.hopper.gather import RowGather, mark_all_landed, mark_landed
+from moe.kernels.hopper.gather import RowGather, see_copies
 from moe.kernels.hopper.pipeline import (
     DEPTH,
     LOADER_REGISTERS,
@@ -50,7 +50,7 @@ def weight_gradient(
     )
     grid = (pl.cdiv(height, tiles.rows), matrices * pl.cdiv(width, tiles.columns))
     per_matrix = grid[1] // matrices
-    row_tile, strip = tiles.rows // MULTIPLIERS, min(tiles.strip, grid[1])
+    row_tile = tiles.rows // MULTIPLIERS
     rows = (x if x_token is None else y_bar).shape[0]
     tokens = [token for token in (x_token, y_token) if token is not None]
     gather = RowGather(DEPTH, tiles.rows if y_token is None else tiles.columns)
@@ -60,13 +60,14 @@ def weight_gradient(
     def body(order_ref, size_ref, start_ref, x_ref, y_ref, *refs):
         token_refs, outs, scratch = refs[: len(tokens)], refs[len(tokens) : -5], refs[-5:]
         ring, staging = Ring(*scratch[:4], stages=tiles.stages), scratch[4]
+        on_full = see_copies if tokens else None
         warpgroup = lax.axis_index("warpgroup")
         items = (experts * grid[0] * grid[1],)
 
         def place(info):
             expert = order_ref[lax.div(info.index[0], jnp.int32(grid[0] * grid[1]))]
             within = lax.rem(info.index[0], jnp.int32(grid[0] * grid[1]))
-            return expert, *plgpu.planar_snake(within, grid, 1, strip)
+            return expert, *tiles.place(within, *grid)
 
         def steps(expert):
             return lax.div(size_ref[expert] + (DEPTH - 1), jnp.int32(DEPTH))
@@ -75,45 +76,34 @@ def weight_gradient(
         def _load():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-            zero = jnp.int32(0)
-
-            @plgpu.nd_loop(items, collective_axes="program", init_carry=(zero, zero))
-            def last(info, carry):
+            @plgpu.nd_loop(items, collective_axes="program", init_carry=jnp.int32(0))
+            def _tile(info, carry):
                 expert, row, column = place(info)
                 start = start_ref[expert]
                 matrix = lax.div(column, jnp.int32(per_matrix))
                 x_at = row * tiles.rows
                 y_at = matrix * width + (column - matrix * per_matrix) * tiles.columns
 
-                def load(step, slot, carry):
+                def tokens_of(step):
+                    last = rows - DEPTH
+                    return gather.tokens(token_refs[0], lax.min(start + step * DEPTH, jnp.int32(last)))
+
+                def load(step, slot, mine):
                     k, full = pl.ds(start + step * DEPTH, DEPTH), ring.full.at[slot]
                     if x_token is None:
                         part = x_ref.at[k, pl.ds(x_at, tiles.rows)]
                         plgpu.copy_gmem_to_smem(part, ring.a.at[slot], full)
+                    else:
+                        gather.start(x_ref, mine, x_at, ring.a.at[slot], full)
                     if y_token is None:
                         part = y_ref.at[k, pl.ds(y_at, tiles.columns)]
                         plgpu.copy_gmem_to_smem(part, ring.b.at[slot], full)
-                    if not tokens:
-                        return carry
-                    mine, pending = carry
-                    if y_token is None:
-                        gather.start(x_ref, mine, x_at, ring.a.at[slot])
                     else:
-                        gather.start(y_ref, mine, y_at, ring.b.at[slot])
-                    return rows_of(step + 1), mark_landed(ring, slot, pending)
+                        gather.start(y_ref, mine, y_at, ring.b.at[slot], full)
+                    # One step ahead, so that the next one need not wait for them.
+                    return tokens_of(step + 1) if tokens else None
 
-                def rows_of(step):  # one step ahead, so that the next one need not wait for them
-                    last = rows - DEPTH
-                    return gather.tokens(token_refs[0], lax.min(start + step * DEPTH, jnp.int32(last)))
-
-                slot, pending = carry
-                if not tokens:
-                    return ring.fill(steps(expert), load, slot, pending)
-                slot, (_, pending) = ring.fill(steps(expert), load, slot, (rows_of(0), pending))
-                return slot, pending
-
-            if tokens:
-                mark_all_landed(ring, *last)
+                return ring.fill(steps(expert), load, carry, tokens_of(0) if tokens else None)[0]
 
         @pl.when(warpgroup < MULTIPLIERS)
         def _multiply():
@@ -129,7 +119,7 @@ def weight_gradient(
                     def products(slot):
                         return [(acc_ref, ring.a.at[slot, :, mine].transpose((1, 0)), ring.b.at[slot])]
 
-                    slot = ring.multiply(steps(expert), products, carry)
+                    slot = ring.multiply(steps(expert), products, carry, on_full)
                     return acc_ref[...], slot
 
                 acc, slot = pl.run_scoped(

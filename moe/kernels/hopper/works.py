@@ -15,7 +15,8 @@ from moe.kernels.hopper import Tiles, tiling
 from moe.kernels.hopper.pipeline import ROWS
 from moe.kernels.hopper.tiling import BY_ROWS, Case
 
-STRIPS = (1, 2, 4, 8, 16)
+STRIPS = (1, 2, 4, 8, 16)  # of column tiles
+BANDS = (4, 8, 16, 32)  # strips of row tiles
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class Work:
         return [tiles for tiles in dict.fromkeys([rule, *others]) if self.case.takes(tiles)]
 
     def orders(self, tiles: Tiles) -> list[Tiles]:
-        """The same tiles in every order that differs."""
+        """The same tiles in every order that differs, its own first."""
         most = self.column_tiles(tiles)
-        strips = {min(strip, most) for strip in STRIPS} - {min(tiles.strip, most)}
-        return [tiles, *(replace(tiles, strip=strip) for strip in sorted(strips))]
+        strips = [replace(tiles, strip=strip) for strip in sorted({min(strip, most) for strip in STRIPS})]
+        bands = [replace(tiles, strip=band, along="columns") for band in BANDS]
+        return list(dict.fromkeys([tiles, *strips, *bands]))
 
 
 def works(shape: LayerShape, tile: int) -> list[Work]:

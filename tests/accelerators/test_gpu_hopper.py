@@ -136,7 +136,8 @@ def draw(case: Case, seed, plan):
     inward, outward = case.width**-0.5, case.hidden**-0.5
     return {
         "plan": plan,
-        "combine_weight": jax.random.uniform(next(keys), (case.assignments,)),  # positive: nothing cancels
+        # Positive, so that nothing cancels; not so small that float16 loses digits.
+        "combine_weight": jax.random.uniform(next(keys), (case.assignments,), minval=0.1),
         "x": normal(case.tokens, case.width),
         "y_bar": normal(case.tokens, case.width),
         "rows": in_rows(case.width, 100.0),

@@ -1,13 +1,14 @@
 """Everything that a run needs, in one frozen dataclass: what a file in `configs/` returns."""
 
 from dataclasses import dataclass, field
+from math import prod
 
 from moe.balance import BalanceLoss
 from moe.checkpoint import Checkpoints
 from moe.data import Data
 from moe.errors import UserError
-from moe.mesh import MeshConfig
-from moe.nn import Init, TransformerConfig
+from moe.mesh import BATCH, MeshConfig
+from moe.nn import Init, TransformerConfig, check_layout
 from moe.optim import AdamW, Optimizer
 
 
@@ -112,15 +113,16 @@ class Experiment:
             UserError: one line naming the field.
         """
         micro = self.train.batch_size // self.train.accumulation
-        if micro % count:
+        sharing = prod(self.mesh.sizes(count)[name] for name in BATCH)
+        if micro % sharing:
             raise UserError(
                 f"train.batch_size={self.train.batch_size} / train.accumulation={self.train.accumulation} "
-                f"is {micro} sequences, which {count} devices cannot share; make it a multiple of {count}"
+                f"is {micro} sequences, which {sharing} devices cannot share; make it a multiple of {sharing}"
             )
         self.check_sharding(self.mesh, count, micro)
 
     def check_sharding(self, mesh: MeshConfig, count: int, sequences: int) -> None:
-        """Refuse a mesh that cannot hold the model, or cannot share its groups of tokens.
+        """Refuse a mesh that cannot hold the model, or cannot share its tokens (`check_layout`).
 
         Args:
             mesh: of training or of an evaluation.
@@ -130,31 +132,8 @@ class Experiment:
         Raises:
             UserError: one line naming the field.
         """
-        model, moe = self.model, self.model.moe
-        if model.width % count:
-            raise UserError(
-                f"model.width={model.width} is stored in parts on {count} devices; make it a multiple"
-            )
-        if not model.moe_layers:
-            return
-        for number, width in moe.width_classes:
-            if number % mesh.expert:
-                one = isinstance(moe.expert_width, int)
-                what = f"num_experts={number}" if one else f"expert_width: {number} experts are {width} wide"
-                raise UserError(f"mesh.expert={mesh.expert} does not divide model.moe.{what}")
-        if moe.latent_width % (count // mesh.expert):
-            raise UserError(
-                f"model.moe.latent_width={moe.latent_width} is stored in parts on {count // mesh.expert} "
-                "devices; make it a multiple"
-            )
-        if "m" in model.layers:
-            moe.group_shape(sequences, model.depth_tokens(self.data.sequence_length))
-        groups, _ = moe.group_shape(sequences, self.data.sequence_length)
-        if groups % count:
-            raise UserError(
-                f"model.moe.tokens_per_group={moe.tokens_per_group} leaves {groups} groups for "
-                f"{count} devices; make it smaller"
-            )
+        length, chunks = self.data.sequence_length, self.train.loss_chunks
+        check_layout(self.model, mesh, count, sequences=sequences, length=length, loss_chunks=chunks)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a tokenizer that knows more tokens than the model.

@@ -34,8 +34,10 @@ def pytest_addoption(parser):
 @pytest.fixture(params=MESHES)
 def mesh(request):
     """Each mesh in turn, set for the test; `indirect` parametrisation by name takes some of them."""
-    data, expert = MESHES[request.param]
-    with jax.set_mesh(make_mesh(MeshConfig(data, expert), jax.devices()[: data * expert])) as mesh:
+    fsdp, expert = MESHES[request.param]
+    with jax.set_mesh(
+        make_mesh(MeshConfig(fsdp=fsdp, expert=expert), jax.devices()[: fsdp * expert])
+    ) as mesh:
         yield mesh
 
 

@@ -111,8 +111,8 @@ def sample():
 def test_a_sample_takes_a_step(choice):
     """Output, statistics, gradients and fresh state are finite and shaped as they should be, on a mesh."""
     config = combine(*choice)
-    data, expert = MESHES["2x4"]
-    with jax.set_mesh(make_mesh(MeshConfig(data, expert), jax.devices()[: data * expert])):
+    fsdp, expert = MESHES["2x4"]
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=fsdp, expert=expert), jax.devices()[: fsdp * expert])):
         y, statistics, gradients, before, after = jax.device_get(step(config))
     assert y.shape == (BATCH, SEQUENCE, WIDTH)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((y, statistics, gradients, after)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe.kernels import from_groups, to_groups
 from moe.mesh import spec
 from moe.routing.assignment import Routing
 
@@ -63,12 +64,12 @@ def measure(
     tokens_per_group = logits.shape[1]
     sequences_per_group = max(1, tokens_per_group // sequence)
 
-    def by_sequence(x, *trailing):
+    def by_sequence(x):
         """[groups, T, ...] -> [B, S, ...]."""
-        return jax.lax.reshape(x, (batch, sequence, *trailing), out_sharding=spec("batch"))
+        return from_groups(x, batch, spec("batch", "sequence"))
 
     # An assignment belongs to its token's sequence; a group may span several sequences or be a part of one.
-    token_mask = jax.lax.reshape(mask, logits.shape[:2], out_sharding=spec("batch"))
+    token_mask = to_groups(mask, tokens_per_group)
     valid = jax.vmap(lambda mask, token: mask[token])(token_mask, routing.token)
     bins = routing.token // sequence * experts + routing.expert if sequences_per_group > 1 else routing.expert
     valid &= routing.expert < experts
@@ -78,10 +79,10 @@ def measure(
     def count(chosen):
         hits = bins[..., None] == jnp.arange(sequences_per_group * experts)
         sums = jnp.sum(hits & chosen[..., None], axis=1, dtype=jnp.float32)
-        parts = sums.size // (batch * experts)
-        return jax.lax.reshape(sums, (batch, parts, experts), out_sharding=spec("batch")).sum(1)
+        sums = sums.reshape(len(sums), sequences_per_group, experts)
+        return from_groups(sums, batch, spec("batch", "sequence")).sum(1)
 
-    share = jnp.where(mask[..., None], by_sequence(routing.scores, experts), 0.0)
+    share = jnp.where(mask[..., None], by_sequence(routing.scores), 0.0)
     z = by_sequence(jax.nn.logsumexp(logits, axis=-1)) ** 2
     detached = jax.lax.stop_gradient(share)
     entropy = -jnp.sum(
@@ -90,7 +91,7 @@ def measure(
     if routing.load is None:
         load = count(valid)
     else:
-        parts = jax.lax.stop_gradient(by_sequence(routing.load, experts))
+        parts = jax.lax.stop_gradient(by_sequence(routing.load))
         load = jnp.where(mask[..., None], parts, 0.0).sum(1)
     return RoutingStatistics(
         load=load,

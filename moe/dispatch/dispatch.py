@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int8
 
 from moe.errors import UserError
 from moe.kernels import Groups, Plan, assignment_rows, combine_rows, gather_rows
-from moe.mesh import AXES, axis_size, spec
+from moe.mesh import axes, axis_index, axis_size, layouts, spec, varying
 from moe.routing.assignment import Routing
 
 ExpertWeights = dict[str, Float[Array, "E ..."]]
@@ -99,10 +98,9 @@ class Dispatch:
         assignments = (routing.token, routing.expert, routing.combine_weight)
 
         def on_one_device(x, assignments, weights):
-            # Weights are the same along `data`; saying they may vary makes their gradient a sum over it.
-            weights = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), weights)
+            x, assignments, weights = varying((x, assignments, weights), axes("group") + axes("mlp"))
             local_experts = next(iter(weights.values())).shape[0]
-            first = first_expert + jax.lax.axis_index("expert") * local_experts
+            first = first_expert + axis_index("expert") * local_experts
             known = num_experts or local_experts * axis_size("expert")
 
             def there_and_back(x, assignments):
@@ -118,13 +116,17 @@ class Dispatch:
                 return back
 
             parts = [there_and_back(*chunk) for chunk in self._cut((x, assignments), len(x))]
-            return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+            y, lost, outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+            # Each device along `tensor` has multiplied with some of the hidden units.
+            if parts_of := axes("mlp"):
+                y, outputs = jax.lax.psum((y, outputs), parts_of)
+                lost = jax.lax.pmax(lost, parts_of)
+            return y, lost, outputs
 
-        tokens = P(AXES)
         y, lost, outputs = jax.shard_map(
             on_one_device,
-            in_specs=(tokens, tokens, spec("expert")),
-            out_specs=tokens,
+            in_specs=(spec("group"), spec("group"), layouts(weights)),
+            out_specs=spec("group"),
         )(x, assignments, weights)
         return Dispatched(y, lost > 0, outputs)
 

@@ -6,6 +6,7 @@ from moe.kernels.groups import Groups, rows_needed
 from moe.kernels.linear import linear
 from moe.kernels.linear_cross_entropy import linear_cross_entropy
 from moe.kernels.linear_float32 import linear_float32
+from moe.kernels.merge import from_groups, merge, split, to_groups
 from moe.kernels.permute import Plan, assignment_rows, combine_rows, gather_rows
 from moe.kernels.routed_mlp import routed_mlp
 
@@ -15,11 +16,15 @@ __all__ = [
     "assignment_rows",
     "combine_rows",
     "expert_mlp",
+    "from_groups",
     "gather_rows",
     "grouped_matmul",
     "linear",
     "linear_cross_entropy",
     "linear_float32",
+    "merge",
     "routed_mlp",
     "rows_needed",
+    "split",
+    "to_groups",
 ]

@@ -11,7 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 HEAD_WIDTHS = (64, 128)  # with which cuDNN was tried, forward and backward, for sequences of even length
@@ -28,16 +27,16 @@ def causal_attention(
     `--xla_gpu_exclude_nondeterministic_ops` is set.
 
     Args:
-        q: queries, split along their batch.
+        q: queries, split along batch and heads.
         k: keys, split likewise.
         v: values, split likewise.
     """
     if not fits_cudnn(q):
         return reference(q, k, v)
-    batch = P(jax.typeof(q).sharding.spec[0])
     fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    layouts = tuple(jax.typeof(a).sharding.spec for a in (q, k, v))
     # The custom call knows no explicit axes.
-    return jax.shard_map(fused, in_specs=(batch, batch, batch), out_specs=batch)(q, k, v)
+    return jax.shard_map(fused, in_specs=layouts, out_specs=layouts[0])(q, k, v)
 
 
 def reference(

@@ -5,16 +5,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from moe.kernels.merge import merge, split
+
 
 def linear(
     x: Float[Array, "B S D"], w: Float[Array, "D F"], preferred_element_type=None
 ) -> Float[Array, "B S F"]:
-    """x @ w, for activations split along their batch.
+    """x @ w, for activations split along batch and sequence, and a matrix that may be split over devices too.
+
+    Along its columns, the result is split likewise; along its rows, as the last axis of x then is, the result
+    is summed over the devices.
 
     The two leading axes are made one first: with both of them contracted, as in the gradient of `w`, XLA's
     CPU backend takes a bf16 product 20 times slower.
     """
-    batch, sequence, _ = x.shape
-    y = jnp.matmul(x.reshape(batch * sequence, -1), w, preferred_element_type=preferred_element_type)
-    split = P(jax.typeof(x).sharding.spec[0])
-    return jax.lax.reshape(y, (batch, sequence, w.shape[1]), out_sharding=split)
+    tokens, axes = merge(x), jax.typeof(x).sharding.spec
+    layout = P(jax.typeof(tokens).sharding.spec[0], jax.typeof(w).sharding.spec[1])
+    y = jnp.matmul(tokens, w, preferred_element_type=preferred_element_type, out_sharding=layout)
+    return split(y, x.shape[0], P(*axes[:2]))

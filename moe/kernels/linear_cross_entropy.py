@@ -22,10 +22,10 @@ def linear_cross_entropy(
     the dtype of `hidden` for the two products it enters.
 
     Args:
-        hidden: final hidden states, split along their batch.
+        hidden: final hidden states, split along batch and sequence.
         head: output matrix, whole on every device.
         targets: token ids.
-        chunks: parts of the sequence, a divisor of S.
+        chunks: parts of the sequence, a divisor of the S that one device has.
     """
     # Checkers take a custom_vjp made through `partial` for an object without a type.
     mean_and_terms: Any = _linear_cross_entropy(hidden, head, targets, chunks)
@@ -62,7 +62,7 @@ _linear_cross_entropy.defvjp(_forward, _backward)
 
 def _by_chunks(hidden, head, targets, chunks, *, with_gradient):
     """nll [B, S], and the gradients of its mean or None."""
-    batch = P(jax.typeof(hidden).sharding.spec[0])
+    layout = P(*jax.typeof(hidden).sharding.spec[:2])
     tokens = targets.size
 
     def on_one_device(hidden, head, targets):
@@ -99,13 +99,13 @@ def _by_chunks(hidden, head, targets, chunks, *, with_gradient):
         head_bar, (nll, hidden_bar) = jax.lax.scan(one, head_bar, (parts, columns, part(targets)))
         if not with_gradient:
             return whole(nll), None, None
-        axes = tuple(jax.sharding.get_abstract_mesh().axis_names)
+        axes = tuple(jax.typeof(hidden).mat.varying)
         return whole(nll), whole(hidden_bar), jax.lax.psum(head_bar, axes).astype(head.dtype)
 
     return jax.shard_map(
         on_one_device,
-        in_specs=(batch, P(), batch),
-        out_specs=(batch, batch if with_gradient else None, P() if with_gradient else None),
+        in_specs=(layout, P(), layout),
+        out_specs=(layout, layout if with_gradient else None, P() if with_gradient else None),
     )(hidden, head, targets)
 
 

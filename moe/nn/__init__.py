@@ -2,6 +2,7 @@
 
 from moe.nn.attention import AttentionConfig
 from moe.nn.free_experts import FreeExperts
+from moe.nn.layout import check_layout
 from moe.nn.moe_config import MoEConfig
 from moe.nn.moe_layer import MoELayer
 from moe.nn.router import CosineRouter, LinearRouter, MLPRouter, Router
@@ -22,5 +23,6 @@ __all__ = [
     "TransformerConfig",
     "Upcycle",
     "build",
+    "check_layout",
     "structure",
 ]

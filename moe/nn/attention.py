@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from moe.errors import UserError
 from moe.kernels import linear
 from moe.kernels.attention import causal_attention
+from moe.mesh import spec
 from moe.nn.norm import RMSNorm
 from moe.nn.parameter import normal, use
 
@@ -90,13 +92,17 @@ class Attention(nnx.Module):
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = (rotate(a, positions, self.config.rope_theta) for a in (q, k))
-        y = causal_attention(q, k, v)
-        return linear(rearrange(y, "B S H h -> B S (H h)"), use(self.w_out, self.dtype))
+        # Over split sequences every device takes some of its heads through whole ones (Ulysses, 2309.14509).
+        q, k, v = jax.sharding.reshard((q, k, v), spec("batch", None, "attended_heads"))
+        y = jax.sharding.reshard(causal_attention(q, k, v), spec("batch", "sequence", "heads"))
+        return linear(rearrange(y, "B S H h -> B S (H h)"), use(self.w_out, self.dtype, "heads"))
 
     def _project(self, x):
-        q, k, v = (linear(x, use(w, self.dtype)) for w in (self.w_q, self.w_k, self.w_v))
+        q, k, v = (linear(x, use(w, self.dtype, None, "heads")) for w in (self.w_q, self.w_k, self.w_v))
         if self.config.bias:
-            q, k, v = (a + use(b, self.dtype) for a, b in ((q, self.b_q), (k, self.b_k), (v, self.b_v)))
+            q, k, v = (
+                a + use(b, self.dtype, "heads") for a, b in ((q, self.b_q), (k, self.b_k), (v, self.b_v))
+            )
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (rearrange(a, "B S (H h) -> B S H h", h=self.config.head_width) for a in (q, k, v))

@@ -5,12 +5,11 @@ Both take what a dispatch takes and answer as it does, so the layer around them 
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe.dispatch import Dispatched, ExpertFunction, ExpertWeights
 from moe.kernels import Groups
-from moe.mesh import AXES, axis_size, spec
+from moe.mesh import axes, axis_size, layouts, spec, varying
 from moe.routing import Blend, Merger, Mixture
 
 
@@ -34,14 +33,12 @@ def blend(
             raise TypeError(f"{type(how).__name__} is neither a Mixture nor a Merger")
 
     def on_one_device(x, decided, weights):
-        # Weights are the same along `data`; saying they may vary makes their gradient a sum over it.
-        weights = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), weights)
-        return function(x, decided, weights, experts)
+        inputs = varying((x, decided, weights), axes("group") + axes("mlp"))
+        y = function(*inputs, experts)
+        return jax.lax.psum(y, axes("mlp")) if axes("mlp") else y
 
-    tokens = P(AXES)
-    y = jax.shard_map(on_one_device, in_specs=(tokens, tokens, spec("expert")), out_specs=tokens)(
-        x, decided, weights
-    )
+    in_specs = (spec("group"), spec("group"), layouts(weights))
+    y = jax.shard_map(on_one_device, in_specs=in_specs, out_specs=spec("group"))(x, decided, weights)
     return Dispatched(y, jnp.zeros_like(how.token, bool), None)
 
 

@@ -24,9 +24,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The same function for every token."""
-        gate = linear(x, use(self.w_gate, self.dtype))
-        up = linear(x, use(self.w_up, self.dtype))
-        return linear(jax.nn.silu(gate) * up, use(self.w_down, self.dtype))
+        gate = linear(x, use(self.w_gate, self.dtype, None, "mlp"))
+        up = linear(x, use(self.w_up, self.dtype, None, "mlp"))
+        return linear(jax.nn.silu(gate) * up, use(self.w_down, self.dtype, "mlp"))
 
 
 def _rows(weights: dict, rows: Float[Array, "R D"], groups: Groups) -> Float[Array, "R D"]:
@@ -77,9 +77,12 @@ class Experts(nnx.Module):
         )
 
     def weights(self) -> dict[str, Float[Array, "E ..."]]:
-        """The matrices in compute precision, split over experts only: what a dispatch carries."""
-        named = {"w_gate": self.w_gate, "w_up": self.w_up, "w_down": self.w_down}
-        return {name: use(param, self.dtype, "expert") for name, param in named.items()}
+        """The matrices in compute precision, split over experts and hidden units: what a dispatch carries."""
+        return {
+            "w_gate": use(self.w_gate, self.dtype, "expert", None, "mlp"),
+            "w_up": use(self.w_up, self.dtype, "expert", None, "mlp"),
+            "w_down": use(self.w_down, self.dtype, "expert", "mlp"),
+        }
 
 
 class MixedExperts(nnx.Module):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from moe.balance import GroupView, RoutingStatistics, measure
 from moe.dispatch import Dispatched
+from moe.kernels import from_groups, merge, to_groups
 from moe.mesh import spec
 from moe.nn.blending import blend
 from moe.nn.feed_forward import SWIGLU_EXPERTS, Experts, MixedExperts
@@ -76,18 +76,16 @@ class MoELayer(nnx.Module):
             The layer's output, and the statistics of its routing.
         """
         batch, sequence, _ = x.shape
-        group_shape = self.config.group_shape(batch, sequence)
-        grouped, ids, group_mask = (
-            jax.lax.reshape(a, (*group_shape, *a.shape[2:]), out_sharding=spec("batch"))
-            for a in (x, token_id, mask)
-        )
+        groups, tokens = self.config.group_shape(batch, sequence)
+        grouped, ids, group_mask = (to_groups(a, tokens) for a in (x, token_id, mask))
+        keys = None if keys is None else _group_keys(keys, groups, layer)
         logits = self._logits(grouped)
         routing = self._route(grouped, logits, ids, group_mask, keys, layer)
         y, dropped, outputs = self._experts(grouped, routing)
         if routing.default_weight is not None:
             default = self.strategy_state["default_output"][...].astype(self.dtype)
             y = y + jnp.einsum("gte,ed->gtd", routing.default_weight.astype(self.dtype), default)
-        y = jax.lax.reshape(y, x.shape, out_sharding=spec("batch"))
+        y = from_groups(y, batch, spec("batch", "sequence"))
         if self.config.shared_experts:
             y = self.shared.join(x, y)
         routing = self._observe(routing, logits, group_mask, outputs)
@@ -106,13 +104,12 @@ class MoELayer(nnx.Module):
         if self.config.routing.routes_by_logits:
             return self.router(grouped)
         shape = (*grouped.shape[:2], self.config.num_choices)
-        return jnp.zeros(shape, jnp.float32, out_sharding=spec("batch"))
+        return jnp.zeros(shape, jnp.float32, out_sharding=spec("group"))
 
     def _bias(self):
         return self.controller_state["bias"][...] if self.config.controller else None
 
     def _route(self, grouped, logits, ids, mask, keys, layer) -> Routing:
-        keys = None if keys is None else _group_keys(keys, len(logits), layer)
         bias = self._bias()
         trained = {name: _as_given(p) for name, p in self.strategy.items()}
         state = _values(self.strategy_state)
@@ -165,10 +162,12 @@ class MoELayer(nnx.Module):
 
 def _group_keys(keys: Key[Array, "B"], groups: int, layer) -> Key[Array, "groups"]:
     """A group's key is that of its first sequence, folded with the layer and the group's number in it."""
-    first = keys[np.arange(groups) * len(keys) // groups]
-    number = jnp.arange(groups) % max(groups // len(keys), 1)
-    first, number = jax.sharding.reshard((first, number), spec("batch"))
-    return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, layer), n))(first, number)
+    parts = max(groups // len(keys), 1)
+    first = jnp.broadcast_to(keys[:: max(len(keys) // groups, 1), None], (groups // parts, parts))
+    number = jnp.broadcast_to(jnp.arange(parts), first.shape)
+    first, number = jax.sharding.reshard((first, number), spec("batch", "sequence"))
+    fold = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, layer), n))
+    return fold(merge(first), merge(number))
 
 
 def _small_parameter(value) -> nnx.Param:

@@ -204,9 +204,10 @@ class Transformer(nnx.Module):
                 from how sequences are put together in micro-batches.
         """
         mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask
-        tokens, mask = jax.sharding.reshard((tokens, mask), spec("batch"))
+        layout = spec("batch", "sequence")
+        tokens, mask = jax.sharding.reshard((tokens, mask), layout)
         # Cast after the look-up, so that a token's gradient is summed over its places in float32.
-        x = use(self.embedding, jnp.dtype("float32")).at[tokens].get(out_sharding=spec("batch"))
+        x = use(self.embedding, jnp.dtype("float32")).at[tokens].get(out_sharding=layout)
         x = x.astype(self.config.dtype)
         statistics = []
         for stack, first in zip(self.stacks, self._first_layers(), strict=True):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.balance import BalanceLoss, RoutingStatistics, totals
 from moe.kernels import linear_cross_entropy
+from moe.mesh import spec
 from moe.nn import Transformer
 
 
@@ -48,10 +49,10 @@ def training_loss(
         chunks: see `linear_cross_entropy`.
     """
     hidden, statistics = model(tokens[:, :-1], keys=keys)
-    mean, nll = linear_cross_entropy(hidden, model.output_head(), tokens[:, 1:], chunks)
+    mean, nll = _cross_entropy(model, hidden, tokens, chunks)
     balance = balance_loss(model, statistics, batch)
-    targets = jnp.full_like(nll[:, 0], nll.shape[1])
-    return mean + balance, LossParts(nll.sum(1), targets, balance, statistics)
+    by_row = nll.sum(1)
+    return mean + balance, LossParts(by_row, jnp.full_like(by_row, nll.shape[1]), balance, statistics)
 
 
 def evaluation_parts(
@@ -60,8 +61,14 @@ def evaluation_parts(
     """The same without gradient, with weight 0 for padding: sums over a slice give its loss."""
     mask: Bool[Array, "B S"] = weight > 0
     hidden, statistics = model(tokens[:, :-1], mask)
-    _, nll = linear_cross_entropy(hidden, model.output_head(), tokens[:, 1:], chunks)
+    _, nll = _cross_entropy(model, hidden, tokens, chunks)
     return LossParts((nll * weight).sum(1), weight.sum(1), jnp.zeros(()), statistics)
+
+
+def _cross_entropy(model: Transformer, hidden, tokens, chunks: int):
+    """Devices that have the same hidden states take a part of them each."""
+    hidden, targets = jax.sharding.reshard((hidden, tokens[:, 1:]), spec("batch", "loss_sequence"))
+    return linear_cross_entropy(hidden, model.output_head(), targets, chunks)
 
 
 def balance_loss(

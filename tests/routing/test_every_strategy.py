@@ -202,8 +202,8 @@ LAYERS = [
 def test_a_layer_is_the_loop_over_its_assignments(strategy, dispatch, balance, name):
     """Output and load; with randomness, which the loop does not know, gradients are finite."""
     config = combined(strategy, dispatch, balance)
-    data, expert = MESHES[name]
-    with jax.set_mesh(make_mesh(MeshConfig(data, expert), jax.devices()[: data * expert])):
+    fsdp, expert = MESHES[name]
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=fsdp, expert=expert), jax.devices()[: fsdp * expert])):
         p, forward, backward = make_layer(config)
         x, y_bar = normal(1, BATCH, TOKENS, WIDTH), normal(2, BATCH, TOKENS, WIDTH)
         bias = normal(3, EXPERTS) if config.controller else np.zeros(EXPERTS, np.float32)

@@ -13,7 +13,7 @@ from moe.checkpoint import Checkpoints, CheckpointStore
 from moe.dispatch import Dropless
 from moe.errors import UserError
 from moe.experiment import Experiment, Train
-from moe.mesh import spec
+from moe.mesh import MeshConfig, make_mesh, spec
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, Upcycle, build, structure
 from moe.nn.router import MLPRouter
 from moe.optim import AdamW
@@ -40,7 +40,7 @@ def dense_run(tmp_path_factory):
     """A run with a moving average whose parameters are no longer what any seed draws; its directory."""
     directory = tmp_path_factory.mktemp("runs") / "dense"
     experiment = Experiment(model=DENSE, optimizer=AdamW(), train=Train(average_decay=0.9))
-    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "expert"), (jax.sharding.AxisType.Explicit,) * 2)):
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         state = initial_state(DENSE, AdamW().build(structure(DENSE)[1], 10), seed=5, average=True)
         grow = partial(jax.tree.map, lambda x: x * 1.5 + 0.01)
         state = replace(state, params=grow(state.params), average=grow(grow(state.average)))

@@ -35,6 +35,8 @@ from moe.routing import Strategy, TopK
 LAYOUTS = [
     Layout("1x2", accumulation=4),
     Layout("8x1", remat="dots"),
+    Layout("data", accumulation=4),
+    Layout("all", remat="full", accumulation=2, chunks=2),
     Layout("4x2", remat="full", accumulation=4, chunks=4),
 ]
 ONE_LAYOUT = LAYOUTS[-1]

@@ -18,13 +18,20 @@ from moe.training.state import TrainState, split
 from moe.training.step import make_train_step
 
 VOCABULARY, BATCH, SEQUENCE, SLICES = 24, 32, 8, 3  # each of 8 devices gets one sequence of 4 micro-batches
-MESH = MESHES | {"1x2": (1, 2)}
+MESH = {
+    **{name: MeshConfig(fsdp=fsdp, expert=expert) for name, (fsdp, expert) in MESHES.items()},
+    "1x2": MeshConfig(fsdp=1, expert=2),
+    "data": MeshConfig(data=2, fsdp=2, expert=2),
+    "tensor": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "sequence": MeshConfig(data=2, fsdp=1, expert=2, sequence=2),
+    "all": MeshConfig(fsdp=1, expert=2, sequence=2, tensor=2),
+}
 
 BASE = TransformerConfig(
     vocab_size=VOCABULARY,
     width=16,
     layers="MM",
-    attention=AttentionConfig(heads=2, kv_heads=1, head_width=4),
+    attention=AttentionConfig(heads=8, kv_heads=4, head_width=4),
     moe=MoEConfig(
         num_experts=8, expert_width=8, routing=TopK(k=2), dispatch=Dropless(tile=8), shared_experts=1
     ),
@@ -42,8 +49,8 @@ class Layout(NamedTuple):
 
     def set(self):
         """Context in which the mesh is set."""
-        data, expert = MESH[self.mesh]
-        return jax.set_mesh(make_mesh(MeshConfig(data, expert), jax.devices()[: data * expert]))
+        devices = {"1x1": 1, "1x2": 2}.get(self.mesh, 8)
+        return jax.set_mesh(make_mesh(MESH[self.mesh], jax.devices()[:devices]))
 
 
 def with_moe(**fields):

@@ -22,7 +22,7 @@ from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
 from moe.nn import structure
-from moe.training.evaluate import evaluate, to_devices
+from moe.training.evaluate import evaluate, own_rows, to_devices
 from moe.training.initialize import starting_point
 from moe.training.log import TrainingLog
 from moe.training.profiler import Profiler
@@ -71,8 +71,7 @@ def train(experiment: Experiment, directory: Path) -> None:
         sequence_length=experiment.data.sequence_length,
         weights=experiment.data.weights,
         seed=experiment.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        rows=own_rows(settings.batch_size),
     )
 
     for what in experiment.model.looks_ahead:

@@ -104,8 +104,8 @@ def slice_rows(
 def own_rows(batch_size: int) -> list[int]:
     """Which rows of a global batch lie on this process's devices, in the mesh that is set: ascending."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
-    held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in held for row in range(batch_size)[part]})
+    held = sharding.addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in held.values() if index for row in range(batch_size)[index[0]]})
 
 
 def to_devices(rows: np.ndarray) -> jax.Array:

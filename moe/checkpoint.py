@@ -178,11 +178,12 @@ class CheckpointStore:
         if wait:
             self.wait()
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, *, whole: bool = True) -> Restored | None:
         """Restores the newest intact checkpoint; a line on stderr names each newer one that is damaged.
 
         Args:
             abstract_state: the state's pytree of `jax.ShapeDtypeStruct`; their shardings say where to.
+            whole: False where the checkpoint holds more than that, such as the optimizer's state.
 
         Returns:
             Step, state and data position, or None where no checkpoint was ever completed.
@@ -192,17 +193,17 @@ class CheckpointStore:
         """
         self.wait()
         step = first_decides(self._newest_intact)
-        return None if step is None else self._load(step, abstract_state)
+        return None if step is None else self._load(step, abstract_state, whole)
 
-    def restore_step(self, step: int, abstract_state: Any) -> Restored:
-        """Restores the checkpoint of one step.
+    def restore_step(self, step: int, abstract_state: Any, *, whole: bool = True) -> Restored:
+        """Restores the checkpoint of one step; see `restore`.
 
         Raises:
             UserError: there is no such checkpoint, it is damaged, or it is of another architecture.
         """
         self.wait()
         first_decides(lambda: self._require_intact(step))
-        return self._load(step, abstract_state)
+        return self._load(step, abstract_state, whole)
 
     def wait(self) -> None:
         """Waits for the write under way, if any, and raises what went wrong with it."""
@@ -301,14 +302,18 @@ class CheckpointStore:
         metric = json.loads((path / CONTENTS).read_text())["metric"] if is_intact(path, CONTENTS) else None
         return CheckpointInfo(step, None if metric is None else {"metric": metric})
 
-    def _load(self, step: int, abstract_state: Any) -> Restored:
+    def _load(self, step: int, abstract_state: Any, whole: bool) -> Restored:
         contents = json.loads((self._path(step) / CONTENTS).read_text())
         leaves = named_leaves(abstract_state)
-        _check_architecture(step, contents["leaves"], describe(leaves))
+        saved = {name: what for name, what in contents["leaves"].items() if whole or name in leaves}
+        _check_architecture(step, saved, describe(leaves))
         abstract_arrays = abstract_plain_arrays(leaves)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_arrays)
         arrays = self._orbax.restore(
-            self._path(step) / STATE, args=ocp.args.PyTreeRestore(abstract_arrays, restore_args=restore_args)
+            self._path(step) / STATE,
+            args=ocp.args.PyTreeRestore(
+                abstract_arrays, restore_args=restore_args, partial_restore=not whole
+            ),
         )
         return Restored(
             contents["step"], to_state(arrays, abstract_state, contents["key_impls"]), contents["position"]

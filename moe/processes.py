@@ -115,21 +115,31 @@ def _connect(agree_on_sigterm: bool, start_seconds: int) -> bool:
     jax.config.update("jax_enable_preemption_service", agree_on_sigterm)
     # On SLURM a task takes the GPU of its number, as JAX has it; one task a node takes all of them.
     one_a_node = os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_STEP_NUM_NODES")
+    # JAX itself aborts the process when its time is over.
+    waiting = threading.Timer(start_seconds, _give_up, [start_seconds])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
             local_device_ids=[] if one_a_node and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None,
-            initialization_timeout=start_seconds,
+            initialization_timeout=start_seconds + 60,
         )
-    except jax.errors.JaxRuntimeError as error:
-        state = distributed.global_state
-        raise UserError(
-            f"process {state.process_id} of {state.num_processes} waited {start_seconds} s for the others at "
-            f"{state.coordinator_address} ({one_line(error)[:200]}); start all, where they reach that address"
-        ) from error
+    finally:
+        waiting.cancel()
     return True
+
+
+def _give_up(seconds: int) -> NoReturn:
+    state = distributed.global_state
+    print(
+        f"error: process {state.process_id} waited {seconds} s to meet all others at "
+        f"{state.coordinator_address}; start every one of them, on machines that reach this address",
+        file=sys.stderr,
+    )
+    _exit(2)
 
 
 def _given() -> tuple[str | None, int | None, int | None]:
@@ -151,6 +161,11 @@ def _given() -> tuple[str | None, int | None, int | None]:
     count, index = int(given[COUNT]), int(given[INDEX])
     if index >= count:
         raise UserError(f"{INDEX}={index}: the {COUNT}={count} processes count from 0")
+    if index == 0 and count > 1:  # where the port is taken, JAX crashes
+        try:
+            socket.create_server(("", int(given[ADDRESS].rpartition(":")[2]))).close()
+        except OSError as error:
+            raise UserError(f"{ADDRESS}={given[ADDRESS]}: {error.strerror}; choose another port") from error
     return given[ADDRESS], count, index
 
 

@@ -6,7 +6,8 @@
     uv run eval.py runs/quickstart --trace trace.npz
 
 Prints tables, and writes report/eval.json and TensorBoard scalars into the run directory; with --routing
-report/routing.html, its numbers and its pictures; with --trace a file of who went where.
+report/routing.html, its numbers and its pictures; with --trace a file of who went where. On several machines
+it is the same command on each of them: docs/clusters.md.
 """
 
 import errno
@@ -30,6 +31,7 @@ from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import structure
+from moe.processes import first, first_decides, joined
 from moe.routing import Strategy
 from moe.routing.trace import write_trace
 from moe.seal import find_damage
@@ -44,7 +46,7 @@ from moe.training.record import (
     validation_rows,
 )
 from moe.training.run_directory import read_experiment
-from moe.training.state import TrainState, abstract_state
+from moe.training.state import TrainState, abstract_evaluated
 from moe.training.step import make_eval_step
 
 
@@ -100,10 +102,16 @@ def main() -> None:
         raise UserError("give a run directory first, for example: uv run eval.py runs/quickstart")
     directory = Path(sys.argv[1])
     options = override(Options(), sys.argv[2:], prog=f"eval.py {directory}", description=__doc__ or "")
+    with joined():
+        evaluate_run(directory, options)
+
+
+def evaluate_run(directory: Path, options: Options) -> None:
+    """Measure the run, or look at its routing."""
     experiment = rerouted(read_experiment(directory), options.strategy)
     if options.routing or options.trace:
         check_recordable(experiment.model)
-    if options.trace:
+    if options.trace and first():
         check_writable(Path(options.trace))
 
     mesh = MeshConfig(expert=options.expert)
@@ -113,7 +121,7 @@ def main() -> None:
     restored = restore(directory, experiment, options.checkpoint)
     dataset = prepare(experiment.data)
     experiment.check_vocabulary(dataset.vocab_size)
-    if restored.position["dataset"] != dataset.fingerprint:
+    if first() and restored.position["dataset"] != dataset.fingerprint:
         print("note: the text or the tokenizer has changed since this run was trained", file=sys.stderr)
 
     run = Run(directory, experiment, options, dataset, batch_size)
@@ -128,7 +136,7 @@ def main() -> None:
 def measure(run: Run, restored: Restored) -> None:
     """Quality, expert load and compute."""
     experiment = run.experiment
-    for what in experiment.model.looks_ahead:
+    for what in experiment.model.looks_ahead if first() else ():
         print(f"note: {what} lets tokens see later ones: the losses may be too good", file=sys.stderr)
     graph, _ = structure(experiment.model)
     evaluation = evaluate(
@@ -140,6 +148,8 @@ def measure(run: Run, restored: Restored) -> None:
         batch_size=run.batch_size,
         tokens=run.options.tokens or None,
     )
+    if not first():
+        return
     compute = account(experiment.model, experiment.data.sequence_length)
     found = report.as_dict(experiment, restored.step, evaluation, compute)
     written = report.write(run.directory / "report", found, evaluation)
@@ -158,6 +168,8 @@ def analyse_routing(run: Run, restored: Restored) -> None:
         expert = recorded(run, step, state, validation(run)).expert
         saturation[earlier] = routing.saturation(expert, final.expert, final.mask, final.num_experts)
 
+    if not first():
+        return
     found = routing.analyse(final, run=experiment.name, step=restored.step, saturation=saturation)
     tokenizer = tokenizers.Tokenizer.from_file(str(run.dataset.tokenizer))
     paths = routing.write_report(
@@ -176,6 +188,8 @@ def trace(run: Run, restored: Restored) -> None:
         batches = validation(run)
     step = make_record_step(experiment.model, chunks=experiment.train.loss_chunks)
     found = recorded(run, step, restored.state, batches)
+    if not first():
+        return
     config = json.loads(to_json(experiment))
     strategy = config["model"]["moe"]["routing"]
     metadata = {"run": experiment.name, "step": restored.step, "data": options.trace_data}
@@ -214,25 +228,29 @@ def restore(directory: Path, experiment: Experiment, which: str) -> Restored:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    transformation = experiment.optimizer.build(structure(experiment.model)[1], experiment.train.steps)
-    average = experiment.train.average_decay > 0
-    abstract = abstract_state(experiment.model, transformation, average=average)
+    abstract = abstract_evaluated(experiment.model, average=experiment.train.average_decay > 0)
     with CheckpointStore(directory / "checkpoints", experiment.checkpoints) as store:
         if which == "last":
-            restored = store.restore(abstract)
+            restored = store.restore(abstract, whole=False)
             if restored is None:
                 raise UserError(f"{directory} has no checkpoint yet; train on, or lower checkpoints.every")
             return restored
-        step = store.best_step() if which == "best" else int(which) if which.isdecimal() else None
+        step = int(which) if which.isdecimal() else None
+        if which == "best":
+            step = first_decides(store.best_step)
         if step is None:
             raise UserError(
                 f"--checkpoint {which}: say last, best (if the run evaluated) or one of {store.steps()}"
             )
-        return store.restore_step(step, abstract)
+        return store.restore_step(step, abstract, whole=False)
 
 
 def steps_before(directory: Path, experiment: Experiment, step: int) -> list[int]:
     """Steps of the intact checkpoints before one; a line on stderr names those that are damaged."""
+    return first_decides(lambda: _steps_before(directory, experiment, step))
+
+
+def _steps_before(directory: Path, experiment: Experiment, step: int) -> list[int]:
     checkpoints = directory / "checkpoints"
     with CheckpointStore(checkpoints, experiment.checkpoints) as store:
         steps = [earlier for earlier in store.steps() if earlier < step]

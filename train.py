@@ -5,7 +5,7 @@
     uv run train.py configs/quickstart.py --help
 
 Start the same command again to go on after a kill: the run continues bit-identically from its newest
-intact checkpoint.
+intact checkpoint. Over several machines it is the same command on each of them: docs/clusters.md.
 """
 
 import signal
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from moe.checkpoint import CheckpointStore
 from moe.config import load_config, override
@@ -22,11 +23,12 @@ from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
 from moe.nn import structure
-from moe.training.evaluate import evaluate, to_devices
+from moe.processes import first, first_decides, joined, name
+from moe.training.evaluate import evaluate, own_rows, to_devices
 from moe.training.initialize import starting_point
 from moe.training.log import TrainingLog
 from moe.training.profiler import Profiler
-from moe.training.run_directory import check_directory, claimed
+from moe.training.run_directory import check_directory, check_processes, claimed
 from moe.training.state import abstract_state, initial_state
 from moe.training.step import make_eval_step, make_train_step
 
@@ -38,7 +40,8 @@ def main() -> None:
     path, arguments = sys.argv[1], sys.argv[2:]
     experiment, description = load_config(path, Experiment)
     experiment = override(experiment, arguments, prog=f"train.py {path}", description=description)
-    train(experiment, Path("runs") / experiment.name)
+    with joined(agree_on_sigterm=True):
+        train(experiment, Path("runs") / experiment.name)
 
 
 def train(experiment: Experiment, directory: Path) -> None:
@@ -49,8 +52,10 @@ def train(experiment: Experiment, directory: Path) -> None:
     # What is wrong shows before anything is written into the run directory, the cheapest checks first.
     jax.set_mesh(make_mesh(experiment.mesh))
     experiment.check_devices(jax.device_count())
+    check_processes(experiment)
     check_directory(directory, experiment)
     dataset = prepare(experiment.data)
+    check_tokens(dataset)
     experiment.check_vocabulary(dataset.vocab_size)
 
     graph, shapes = structure(experiment.model)
@@ -71,15 +76,15 @@ def train(experiment: Experiment, directory: Path) -> None:
         sequence_length=experiment.data.sequence_length,
         weights=experiment.data.weights,
         seed=experiment.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        rows=own_rows(settings.batch_size),
     )
 
-    for what in experiment.model.looks_ahead:
+    for what in experiment.model.looks_ahead if first() else ():
         print(f"note: {what} lets tokens see later ones: the model cannot generate", file=sys.stderr)
 
     checkpoints = CheckpointStore(directory / "checkpoints", experiment.checkpoints)
-    start_from = None if checkpoints.steps() else starting_point(experiment)
+    begun = first_decides(lambda: bool(checkpoints.steps()))
+    start_from = None if begun else starting_point(experiment)
     with claimed(directory, experiment), checkpoints:
         restored = checkpoints.restore(abstract_state(experiment.model, transformation, average=average))
         if restored:
@@ -96,7 +101,9 @@ def train(experiment: Experiment, directory: Path) -> None:
             return
 
         log = TrainingLog(experiment, dataset, directory, start, position["begun_interval"])
-        profiler = Profiler(settings.profile, start, settings.steps, directory / "profile", log.say)
+        profiler = Profiler(
+            settings.profile and first(), start, settings.steps, directory / "profile", log.say
+        )
         with log, profiler:
             stop.defer()
             for step in range(start + 1, settings.steps + 1):
@@ -122,7 +129,7 @@ def train(experiment: Experiment, directory: Path) -> None:
                     log.evaluation(step, evaluation)
                     loss = evaluation.total.loss
 
-                stopping = stop.requested and not last
+                stopping = stop.agreed() and not last
                 # Amid skipped steps a checkpoint could push out the last one from before the trouble.
                 saving = due(step, experiment.checkpoints.every) and not state.skipped_in_a_row
                 if last or stopping or saving:
@@ -146,6 +153,20 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def check_tokens(dataset: Dataset) -> None:
+    """Refuse to train as one of several processes that read different data.
+
+    Raises:
+        UserError: the tokens are not those of the first process.
+    """
+    of_first = first_decides(lambda: dataset.fingerprint)
+    if dataset.fingerprint != of_first:
+        raise UserError(
+            f"{name()} reads other tokens ({dataset.fingerprint} in {dataset.folder}) than process 0 "
+            f"({of_first}); give all machines the same text, or one data.cache"
+        )
+
+
 def check_dataset(position: dict[str, Any], dataset: Dataset, directory: Path) -> None:
     """Refuse to go on with other data than a run began with.
 
@@ -161,16 +182,27 @@ def check_dataset(position: dict[str, Any], dataset: Dataset, directory: Path) -
 
 
 class StopSignal:
-    """SIGTERM, a scheduler's request to leave: ends the process at once; once deferred, it sets a flag."""
+    """SIGTERM, a scheduler's request to leave: ends the process at once; once deferred, it sets a flag.
+
+    Of several processes none ends at once, and all stop after the same step, whichever was asked.
+    """
 
     def __init__(self):
         self.requested = False
         self._deferred = False
-        signal.signal(signal.SIGTERM, self._request)
+        self._step = 0
+        if not jax.distributed.is_initialized():
+            signal.signal(signal.SIGTERM, self._request)
 
     def defer(self) -> None:
-        """From now on there are steps to save: the loop reads `requested` after each."""
+        """From now on there are steps to save: the loop calls `agreed` after each."""
         self._deferred = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now; every process calls it after each step."""
+        self._step += 1
+        self.requested |= multihost_utils.reached_preemption_sync_point(self._step)
+        return self.requested
 
     def _request(self, *_):
         self.requested = True

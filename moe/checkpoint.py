@@ -28,12 +28,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationContext
 
 from moe.errors import UserError
 from moe.named_arrays import abstract_plain_arrays, describe, key_impls, named_leaves, plain_arrays, to_state
+from moe.processes import first, first_decides
 from moe.seal import find_damage, is_intact, seal
 
 STATE, CONTENTS = "state", "contents.json"
@@ -158,7 +158,7 @@ class CheckpointStore:
             UserError: this or the previous checkpoint cannot be written, say because the disk is full.
         """
         self.wait()
-        if step in self.steps() and step not in self._damaged:
+        if first_decides(lambda: step in self.steps() and step not in self._damaged):
             return
         leaves = named_leaves(state)
         contents = {
@@ -178,11 +178,12 @@ class CheckpointStore:
         if wait:
             self.wait()
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, *, whole: bool = True) -> Restored | None:
         """Restores the newest intact checkpoint; a line on stderr names each newer one that is damaged.
 
         Args:
             abstract_state: the state's pytree of `jax.ShapeDtypeStruct`; their shardings say where to.
+            whole: False where the checkpoint holds more than that, such as the optimizer's state.
 
         Returns:
             Step, state and data position, or None where no checkpoint was ever completed.
@@ -191,42 +192,18 @@ class CheckpointStore:
             UserError: every checkpoint is damaged, or the newest intact one is of another architecture.
         """
         self.wait()
-        damage: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            problem = find_damage(self._path(step))
-            if problem is None:
-                for damaged, what in damage.items():
-                    print(
-                        f"checkpoint {damaged} is damaged ({what}): using checkpoint {step}", file=sys.stderr
-                    )
-                return self._load(step, abstract_state)
-            damage[step] = problem
-            self._damaged.add(step)
-        if damage:
-            named = "; ".join(f"{step} ({what})" for step, what in damage.items())
-            raise UserError(
-                f"no intact checkpoint in {self._directory}, damaged: {named}; "
-                "put back a copy of one, or train into another run directory"
-            )
-        return None
+        step = first_decides(self._newest_intact)
+        return None if step is None else self._load(step, abstract_state, whole)
 
-    def restore_step(self, step: int, abstract_state: Any) -> Restored:
-        """Restores the checkpoint of one step.
+    def restore_step(self, step: int, abstract_state: Any, *, whole: bool = True) -> Restored:
+        """Restores the checkpoint of one step; see `restore`.
 
         Raises:
             UserError: there is no such checkpoint, it is damaged, or it is of another architecture.
         """
         self.wait()
-        if step not in self.steps():
-            raise UserError(f"no checkpoint {step} in {self._directory}: there are {self.steps() or 'none'}")
-        problem = find_damage(self._path(step))
-        if problem is not None:
-            self._damaged.add(step)
-            others = [other for other in self.steps() if other not in self._damaged]
-            raise UserError(
-                f"checkpoint {step} in {self._directory} is damaged ({problem}); others: {others or 'none'}"
-            )
-        return self._load(step, abstract_state)
+        first_decides(lambda: self._require_intact(step))
+        return self._load(step, abstract_state, whole)
 
     def wait(self) -> None:
         """Waits for the write under way, if any, and raises what went wrong with it."""
@@ -249,13 +226,44 @@ class CheckpointStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _newest_intact(self) -> int | None:
+        damage: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            problem = find_damage(self._path(step))
+            if problem is None:
+                for damaged, what in damage.items():
+                    print(
+                        f"checkpoint {damaged} is damaged ({what}): using checkpoint {step}", file=sys.stderr
+                    )
+                return step
+            damage[step] = problem
+            self._damaged.add(step)
+        if damage:
+            named = "; ".join(f"{step} ({what})" for step, what in damage.items())
+            raise UserError(
+                f"no intact checkpoint in {self._directory}, damaged: {named}; "
+                "put back a copy of one, or train into another run directory"
+            )
+        return None
+
+    def _require_intact(self, step: int) -> None:
+        if step not in self.steps():
+            raise UserError(f"no checkpoint {step} in {self._directory}: there are {self.steps() or 'none'}")
+        problem = find_damage(self._path(step))
+        if problem is not None:
+            self._damaged.add(step)
+            others = [other for other in self.steps() if other not in self._damaged]
+            raise UserError(
+                f"checkpoint {step} in {self._directory} is damaged ({problem}); others: {others or 'none'}"
+            )
+
     def _path(self, step: int, suffix: str = "") -> Path:
         return self._directory / f"{step}{suffix}"
 
     def _finish(self, step: int, contents: str) -> None:
         """In the background: completes the checkpoint, gives it its name and drops what need not be kept."""
         self._orbax.wait_until_finished()
-        if jax.process_index() != 0:
+        if not first():
             return
         unfinished = self._path(step, WRITING)
         (unfinished / CONTENTS).write_text(contents)
@@ -283,7 +291,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         """Deletes what a killed process left unfinished; not on reading, which may see it live."""
-        if jax.process_index() == 0 and self._directory.exists():
+        if first() and self._directory.exists():
             for path in self._directory.iterdir():
                 if path.suffix in (WRITING, DELETING):
                     shutil.rmtree(path)
@@ -294,14 +302,18 @@ class CheckpointStore:
         metric = json.loads((path / CONTENTS).read_text())["metric"] if is_intact(path, CONTENTS) else None
         return CheckpointInfo(step, None if metric is None else {"metric": metric})
 
-    def _load(self, step: int, abstract_state: Any) -> Restored:
+    def _load(self, step: int, abstract_state: Any, whole: bool) -> Restored:
         contents = json.loads((self._path(step) / CONTENTS).read_text())
         leaves = named_leaves(abstract_state)
-        _check_architecture(step, contents["leaves"], describe(leaves))
+        saved = {name: what for name, what in contents["leaves"].items() if whole or name in leaves}
+        _check_architecture(step, saved, describe(leaves))
         abstract_arrays = abstract_plain_arrays(leaves)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_arrays)
         arrays = self._orbax.restore(
-            self._path(step) / STATE, args=ocp.args.PyTreeRestore(abstract_arrays, restore_args=restore_args)
+            self._path(step) / STATE,
+            args=ocp.args.PyTreeRestore(
+                abstract_arrays, restore_args=restore_args, partial_restore=not whole
+            ),
         )
         return Restored(
             contents["step"], to_state(arrays, abstract_state, contents["key_impls"]), contents["position"]

@@ -22,20 +22,25 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     """
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        full_disk = next(filter(_is_full_disk, _chain(error)), None)
-        if full_disk is None:
+    except (KeyboardInterrupt, Exception) as error:
+        code, line = ending(error)
+        if line is None:
             raise
-        print(
-            f"disk full: {_place(full_disk)}; free some space and run the same command again", file=sys.stderr
-        )
-        sys.exit(2)
+        print(line, end="", file=sys.stderr)
+        sys.exit(code)
     sys.exit(0)
+
+
+def ending(error: BaseException) -> tuple[int, str | None]:
+    """Exit code and last words of a command that an exception ends; no words where it is a bug of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, UserError):
+        return 2, f"error: {one_line(error)}\n"
+    full_disk = next(filter(_is_full_disk, _chain(error)), None)
+    if full_disk is not None:
+        return 2, f"disk full: {_place(full_disk)}; free some space and run the same command again\n"
+    return 1, None
 
 
 def one_line(error: BaseException | str) -> str:

@@ -121,6 +121,34 @@ class MetricsLog:
             ) from error
 
 
+class NoMetricsLog(MetricsLog):
+    """What a process that is not the first logs to: nowhere."""
+
+    def __init__(self) -> None:
+        """Opens no file."""
+
+    def scalars(
+        self, step: int, values: Mapping[str, float], arrays: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Logs nothing."""
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Logs nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Logs nothing."""
+
+    def history(self, name: str) -> list[np.ndarray]:
+        """Nothing was logged."""
+        return []
+
+    def rewind(self, step: int) -> None:
+        """Nothing was logged."""
+
+    def close(self) -> None:
+        """No file is open."""
+
+
 def _step_of(line: bytes) -> float:
     """Returns the step of a line; infinity for one that a kill left unfinished."""
     try:

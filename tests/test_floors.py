@@ -10,7 +10,7 @@ HOUSE = Path(__file__).parent.parent / "moe"
 # A room imports rooms of lower floors only; inside one room files import each other freely.
 FLOORS = {
     -1: ["errors"],
-    0: ["mesh", "kernels", "quant", "config", "seal", "named_arrays", "machine"],
+    0: ["mesh", "kernels", "quant", "config", "seal", "named_arrays", "machine", "processes"],
     1: ["routing", "balance", "dispatch", "data", "optim", "checkpoint", "metrics", "heatmap"],
     2: ["nn"],
     3: ["experiment", "analysis"],

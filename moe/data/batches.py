@@ -39,19 +39,18 @@ class Windows(grain.sources.RandomAccessDataSource):
         }
 
 
-class _RowsOfShard(grain.transforms.DatasetSelectionMap):
-    """Gives each host consecutive rows of every global batch: the hosts' rows in order are the batch."""
+class _RowsOfBatches(grain.transforms.DatasetSelectionMap):
+    """Takes the same rows of every global batch."""
 
-    def __init__(self, batch_size: int, shard_index: int, shard_count: int):
-        self._rows = batch_size // shard_count
-        self._batch_size, self._first = batch_size, shard_index * self._rows
+    def __init__(self, batch_size: int, rows: Sequence[int]):
+        self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, self._rows)
-        return 0, batch * self._batch_size + self._first + row
+        batch, row = divmod(index, len(self._rows))
+        return 0, batch * self._batch_size + self._rows[row]
 
 
 def train_batches(
@@ -61,8 +60,7 @@ def train_batches(
     sequence_length: int,
     weights: Sequence[tuple[str, float]] = (),
     seed: int = 0,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches.
 
@@ -75,22 +73,17 @@ def train_batches(
         sequence_length: S, tokens.
         weights: See `mixing_weights`.
         seed: Of the shuffles; counts modulo 2**32.
-        shard_index: This host, from 0.
-        shard_count: Number of hosts. Every number gives the same global batches: this host's are its
-            consecutive rows.
+        rows: Which rows of every global batch to make, such as those of this process's devices; None: all.
 
     Returns:
-        An iterator over `{"tokens": int32 [b, S+1], "slice": int32 [b]}`, b = batch_size / shard_count. Its
-        `get_state()` is a small JSON-able dict; an iterator made with the same arguments continues after
-        `set_state()` with exactly the batches that were still to come.
+        An iterator over `{"tokens": int32 [b, S+1], "slice": int32 [b]}`, b the number of rows. Its
+        `get_state()` is a small JSON-able dict, the same for all rows; an iterator made with the same
+        arguments, or for other rows, continues after `set_state()` with exactly the batches that were still
+        to come.
 
     Raises:
-        UserError: If a weight names no slice, a slice has no whole window, or hosts do not divide the batch.
+        UserError: If a weight names no slice, or a slice has no whole window.
     """
-    if batch_size % shard_count:
-        raise UserError(
-            f"batch size {batch_size} does not divide among {shard_count} hosts; make it a multiple."
-        )
     mixture = {name: weight for name, weight in mixing_weights(dataset, weights).items() if weight > 0}
     slices = []
     for name in mixture:
@@ -98,8 +91,9 @@ def train_batches(
         windows = Windows(dataset, name, "train", sequence_length)
         slices.append(grain.MapDataset.source(windows).shuffle(seed=seed % 2**32).repeat())
     mixed = grain.MapDataset.mix(slices, weights=list(mixture.values()))
-    rows = _RowsOfShard(batch_size, shard_index, shard_count)
-    batches = grain.MapDataset.select_from_datasets([mixed], rows).batch(batch_size // shard_count)
+    taken = range(batch_size) if rows is None else rows
+    chosen = grain.MapDataset.select_from_datasets([mixed], _RowsOfBatches(batch_size, taken))
+    batches = chosen.batch(len(taken))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
@@ -110,8 +104,7 @@ def validation_batches(
     batch_size: int,
     sequence_length: int,
     max_tokens: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation split of one slice, in a fixed order; every token is a target exactly once.
 
@@ -122,22 +115,17 @@ def validation_batches(
         sequence_length: S, tokens.
         max_tokens: At most this many targets (but at least one window), from windows evenly spread over the
             split.
-        shard_index: This host, from 0.
-        shard_count: Number of hosts; every one sees the same number of batches.
+        rows: Which rows of every global batch to yield; None: all. The number of batches is the same.
 
     Yields:
-        `{"tokens": int32 [b, S+1], "weight": float32 [b, S]}`; weight is 1 for targets and 0 for the padding
-        that fills the last window and the last batch.
+        `{"tokens": int32 [b, S+1], "weight": float32 [b, S]}`, b the number of rows; weight is 1 for
+        targets and 0 for the padding that fills the last window and the last batch.
     """
-    if batch_size % shard_count:
-        raise UserError(
-            f"batch size {batch_size} does not divide among {shard_count} hosts; make it a multiple."
-        )
     tokens = dataset.tokens(slice_name, "validation")
     windows = np.arange(math.ceil((len(tokens) - 1) / sequence_length))
     if max_tokens is not None and (count := max(1, max_tokens // sequence_length)) < len(windows):
         windows = windows[np.linspace(0, len(windows) - 1, count, dtype=int)]
-    rows = batch_size // shard_count
+    taken = slice(None) if rows is None else np.asarray(rows)
     for first in range(0, len(windows), batch_size):
         batch = {
             "tokens": np.full((batch_size, sequence_length + 1), dataset.end_of_text, np.int32),
@@ -147,7 +135,7 @@ def validation_batches(
             part = tokens[window * sequence_length : (window + 1) * sequence_length + 1]
             batch["tokens"][row, : len(part)] = part
             batch["weight"][row, : len(part) - 1] = 1
-        yield {name: array[shard_index * rows :][:rows] for name, array in batch.items()}
+        yield {name: array[taken] for name, array in batch.items()}
 
 
 def mixing_weights(dataset: Dataset, weights: Sequence[tuple[str, float]]) -> Mapping[str, float]:

@@ -82,7 +82,7 @@ def evaluate(
 def slice_rows(
     dataset: Dataset, name: str, data: Data, *, batch_size: int, tokens: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of the validation data of one slice, as `validation_batches` gives them.
+    """This process's rows of the validation data of one slice, as `validation_batches` gives them.
 
     Args:
         dataset: the prepared text.
@@ -97,13 +97,19 @@ def slice_rows(
         batch_size=batch_size,
         sequence_length=data.sequence_length,
         max_tokens=tokens,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        rows=own_rows(batch_size),
     )
 
 
+def own_rows(batch_size: int) -> list[int]:
+    """Which rows of a global batch lie on this process's devices, in the mesh that is set: ascending."""
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+    held = sharding.addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in held.values() if index for row in range(batch_size)[index[0]]})
+
+
 def to_devices(rows: np.ndarray) -> jax.Array:
-    """This host's rows of a batch as part of the global array, split over the mesh that is set."""
+    """This process's rows of a batch as part of the global array, split over the mesh that is set."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     return jax.make_array_from_process_local_data(sharding, rows)
 

@@ -9,9 +9,8 @@ from flax import nnx
 from moe.checkpoint import CheckpointStore
 from moe.errors import UserError
 from moe.experiment import Experiment
-from moe.nn import structure
 from moe.training.run_directory import read_experiment
-from moe.training.state import TrainState, abstract_state
+from moe.training.state import abstract_evaluated
 
 
 def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] | None:
@@ -29,21 +28,20 @@ def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] |
     directory = Path(init.run)
     other = read_experiment(directory)
     init.check(other.model, experiment.model)
-    trained = read_state(directory, other).evaluated
+    trained = _trained(directory, other)
     key = jax.random.fold_in(jax.random.key(experiment.seed), 1)
     return lambda fresh: init(other.model, trained, experiment.model, fresh, key)
 
 
-def read_state(directory: Path, experiment: Experiment) -> TrainState:
-    """The state in a run's newest intact checkpoint, on the mesh that is set.
+def _trained(directory: Path, experiment: Experiment) -> nnx.State:
+    """The parameters in a run's newest intact checkpoint, on the mesh that is set.
 
     Raises:
         UserError: there is none.
     """
-    transformation = experiment.optimizer.build(structure(experiment.model)[1], experiment.train.steps)
-    abstract = abstract_state(experiment.model, transformation, average=experiment.train.average_decay > 0)
+    abstract = abstract_evaluated(experiment.model, average=experiment.train.average_decay > 0)
     with CheckpointStore(directory / "checkpoints", experiment.checkpoints) as store:
-        restored = store.restore(abstract)
+        restored = store.restore(abstract, whole=False)
     if restored is None:
         raise UserError(f"{directory} has no checkpoint yet; let that run train first")
-    return restored.state
+    return restored.state.evaluated

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from moe.analysis.compute import account, device_peak
+from moe.config import to_json
 from moe.data import Dataset, mixing_weights
 from moe.errors import UserError
 from moe.experiment import Experiment
 from moe.heatmap import load_heatmap
-from moe.metrics import ConsoleProgress, MetricsLog, Throughput
+from moe.metrics import ConsoleProgress, MetricsLog, NoMetricsLog, Throughput
+from moe.processes import first
 from moe.training.evaluate import Evaluation
 
 PER_LAYER = (
@@ -35,7 +37,7 @@ class TrainingLog:
     """Gathers the metrics of every step and tells of them at intervals.
 
     Between intervals metrics stay on the device, so that the host never waits for a step. A context manager,
-    which leaves the terminal and the files in order.
+    which leaves the terminal and the files in order. Of several processes only the first one writes.
 
     Args:
         experiment: the run's config.
@@ -66,15 +68,17 @@ class TrainingLog:
         self._shown: dict[str, str] = {}
         self._throughput = Throughput(window=10)
         self._progress = ConsoleProgress(experiment.train.steps)
-        self._files = MetricsLog(directory)
+        self._files = MetricsLog(directory) if first() else NoMetricsLog()
         self._files.rewind(start or -1)
         self._loads = self._files.history("routing/load")
-        self._files.text("config", (directory / "config.json").read_text())
+        self._files.text("config", to_json(experiment))
 
         mixture = mixing_weights(dataset, experiment.data.weights)
         if start == 0:
             self._files.scalars(0, {f"data/weight/{name}": weight for name, weight in mixture.items()})
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" in {jax.process_count()} processes"
         self._progress.say(
             f"{experiment.name}: {directory}, {devices}, "
             + ", ".join(f"{name} {weight:.0%}" for name, weight in mixture.items())

@@ -15,7 +15,7 @@ from moe.experiment import Experiment
 from moe.mesh import spec
 from moe.nn import TransformerConfig, structure
 from moe.routing import Blending
-from moe.training.evaluate import slice_rows, to_devices
+from moe.training.evaluate import own_rows, slice_rows, to_devices
 
 Batch = dict[str, np.ndarray]
 
@@ -43,7 +43,7 @@ def check_recordable(model: TransformerConfig) -> None:
 def validation_rows(
     experiment: Experiment, dataset: Dataset, *, batch_size: int, tokens: int | None
 ) -> Iterator[Batch]:
-    """The validation data, slice after slice: `tokens`, `weight` and `slice` of this host's rows.
+    """The validation data, slice after slice: `tokens`, `weight` and `slice` of this process's rows.
 
     Args:
         experiment: for the sequence length.
@@ -61,21 +61,19 @@ def training_rows(
 ) -> Iterator[Batch]:
     """The first training data in the run's own order, in whole sequences; see `validation_rows`."""
     length = experiment.data.sequence_length
+    rows = own_rows(batch_size)
     batches = train_batches(
         dataset,
         batch_size=batch_size,
         sequence_length=length,
         weights=experiment.data.weights,
         seed=experiment.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        rows=rows,
     )
-    rows = batch_size // jax.process_count()
     wanted = max(1, tokens // length)
     for first in range(0, wanted, batch_size):
         batch = next(batches)
-        row = first + jax.process_index() * rows + np.arange(rows)
-        weight = np.repeat((row < wanted).astype(np.float32)[:, None], length, axis=1)
+        weight = np.repeat((first + np.asarray(rows) < wanted).astype(np.float32)[:, None], length, axis=1)
         yield {"tokens": batch["tokens"], "slice": batch["slice"], "weight": weight}
 
 
@@ -108,7 +106,7 @@ def record(
 def make_record_step(config: TransformerConfig, *, chunks: int = 1) -> Callable[..., dict[str, jax.Array]]:
     """Build the compiled forward pass: (params, controllers, tokens [B, S+1], weight [B, S], slice [B]).
 
-    It returns all that a `Recording` is made of, whole on every host. The model is that of `config` with a
+    It returns all that a `Recording` is made of, whole in every process. The model is that of `config` with a
     `Recorder` among its balancers, which changes neither parameters nor routes.
 
     Args:

@@ -16,6 +16,7 @@ from pathlib import Path
 from moe.config import difference, from_json, to_json
 from moe.errors import UserError
 from moe.experiment import Experiment
+from moe.processes import first, first_decides, name
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -58,13 +59,31 @@ def check_directory(directory: Path, experiment: Experiment) -> None:
         )
 
 
+def check_processes(experiment: Experiment) -> None:
+    """Refuse to train as one of several processes that were started with different configs.
+
+    Raises:
+        UserError: one line that names this process and the first fields that differ.
+    """
+    of_first = from_json(first_decides(lambda: to_json(experiment)), Experiment, source="process 0")
+    differences = difference(of_first, experiment)
+    if differences:
+        shown = "; ".join(differences[:3]) + (" ..." if len(differences) > 3 else "")
+        raise UserError(
+            f"{name()} has another config than process 0 ({shown}); start all with the same command"
+        )
+
+
 @contextmanager
 def claimed(directory: Path, experiment: Experiment) -> Iterator[None]:
-    """Make the directory this experiment's, and keep other processes out of it.
+    """Make the directory this experiment's, and keep other runs out of it; the first process does so for all.
 
     Raises:
         UserError: it belongs to another experiment, another process trains in it, or it cannot be written.
     """
+    if not first():
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / LOCK).open("a")

@@ -1,7 +1,7 @@
 """Everything that a training run carries from step to step, and how it is made on the mesh."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -85,3 +85,12 @@ def abstract_state(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(on_devices, shapes)
+
+
+def abstract_evaluated(config: TransformerConfig, *, average: bool) -> TrainState:
+    """`abstract_state` of what an evaluation needs, and no more; the rest is None or empty.
+
+    Of the parameters that is `TrainState.evaluated`.
+    """
+    state = abstract_state(config, optax.identity(), average=average)
+    return replace(state, params=None) if average else state

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from moe.data import mixing_weights, train_batches, validation_batches
 from moe.errors import UserError
 
+ROWS = st.sampled_from([None, [0, 1], [2, 3], [1, 3], [2]])
+
 
 def rows(batches, count):
     """The next `count` batches as one list of (slice, token tuple)."""
@@ -48,17 +50,15 @@ def test_every_validation_token_is_a_target_exactly_once(dataset_of, tokens, seq
 
 
 @settings(deadline=None, max_examples=20)
-@given(length=st.integers(2, 60), shard_count=st.sampled_from([2, 3, 6]))
-def test_validation_rows_of_all_hosts_are_the_batch(dataset_of, length, shard_count):
+@given(length=st.integers(2, 60), chosen=st.sets(st.integers(0, 5), min_size=1))
+def test_chosen_validation_rows_are_those_of_the_batch(dataset_of, length, chosen):
     dataset = dataset_of(a=([0] * 30, list(range(length))))
     arguments = dict(batch_size=6, sequence_length=4)
-    whole = list(validation_batches(dataset, "a", **arguments))
-    hosts = [
-        list(validation_batches(dataset, "a", **arguments, shard_index=i, shard_count=shard_count))
-        for i in range(shard_count)
-    ]
-    for batch, *parts in zip(whole, *hosts, strict=True):
-        assert_equal_batches(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
+    whole = validation_batches(dataset, "a", **arguments)
+    taken = sorted(chosen)
+    part = validation_batches(dataset, "a", **arguments, rows=taken)
+    for batch, rows_of_batch in zip(whole, part, strict=True):
+        assert_equal_batches({name: array[taken] for name, array in batch.items()}, rows_of_batch)
 
 
 def test_max_tokens_takes_windows_from_the_whole_split(dataset_of):
@@ -95,47 +95,41 @@ def test_epochs_and_seeds_have_their_own_order(dataset_of):
 
 @settings(deadline=None, max_examples=10)
 @given(
-    shard_count=st.sampled_from([2, 3, 4, 6, 12]),
+    chosen=st.sets(st.integers(0, 11), min_size=1),
     seed=st.integers(0, 1000),
     weights=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)),
 )
-def test_training_rows_of_all_hosts_are_the_batch(dataset_of, shard_count, seed, weights):
+def test_chosen_training_rows_are_those_of_the_batch(dataset_of, chosen, seed, weights):
     dataset = dataset_of(a=(list(range(100)), [0, 0]), b=(list(range(100, 260)), [0, 0]))
     arguments = dict(
         batch_size=12, sequence_length=7, seed=seed, weights=list(zip("ab", weights, strict=True))
     )
-    whole = train_batches(dataset, **arguments)
-    hosts = [
-        train_batches(dataset, **arguments, shard_index=i, shard_count=shard_count)
-        for i in range(shard_count)
-    ]
+    taken = sorted(chosen)
+    whole, part = train_batches(dataset, **arguments), train_batches(dataset, **arguments, rows=taken)
     for _ in range(5):
-        batch, parts = next(whole), [next(host) for host in hosts]
-        assert_equal_batches(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
+        assert_equal_batches({name: array[taken] for name, array in next(whole).items()}, next(part))
 
 
 @settings(deadline=None, max_examples=20)
-@given(position=st.integers(0, 60), shard_index=st.integers(0, 1), elsewhere=st.integers(0, 20))
-def test_a_restored_iterator_continues_exactly(dataset_of, position, shard_index, elsewhere):
+@given(position=st.integers(0, 60), before=ROWS, after=ROWS, elsewhere=st.integers(0, 20))
+def test_a_restored_iterator_continues_exactly_for_any_rows(dataset_of, position, before, after, elsewhere):
     dataset = dataset_of(a=(list(range(90)), [0, 0]), b=(list(range(100, 150)), [0, 0]))
 
-    def make():
-        return train_batches(
-            dataset, batch_size=4, sequence_length=5, seed=1, shard_index=shard_index, shard_count=2
-        )
+    def make(chosen):
+        return train_batches(dataset, batch_size=4, sequence_length=5, seed=1, rows=chosen)
 
-    batches = make()
+    batches, expected = make(before), make(after)
     for _ in range(position):
         next(batches)
+        next(expected)
     state = json.loads(json.dumps(batches.get_state()))
     assert len(json.dumps(state)) < 200
-    expected = [next(batches) for _ in range(12)]
-    restored = make()
+    restored = make(after)
     for _ in range(elsewhere):  # wherever it stood before, prefetched batches included
         next(restored)
     restored.set_state(state)
-    for batch in expected:
-        assert_equal_batches(batch, next(restored))
+    for _ in range(12):
+        assert_equal_batches(next(expected), next(restored))
 
 
 @settings(deadline=None, max_examples=6)
@@ -185,11 +179,3 @@ def test_a_slice_shorter_than_a_window_is_named(dataset_of):
     with pytest.raises(UserError, match=r"slice 'b' has 10 train tokens, and one window takes 11"):
         train_batches(dataset, batch_size=2, sequence_length=10)
     assert rows(train_batches(dataset, batch_size=2, sequence_length=9), 1)
-
-
-def test_hosts_must_divide_the_batch(dataset_of):
-    dataset = dataset_of(a=([0] * 100, [0, 0]))
-    with pytest.raises(UserError, match="batch size 4 does not divide among 3 hosts"):
-        train_batches(dataset, batch_size=4, sequence_length=10, shard_count=3)
-    with pytest.raises(UserError, match="batch size 4 does not divide among 3 hosts"):
-        next(validation_batches(dataset, "a", batch_size=4, sequence_length=10, shard_count=3))

@@ -38,7 +38,7 @@ from moe.ablation import (
 )
 from moe.config import override
 from moe.data import prepare
-from moe.errors import UserError, run_main
+from moe.errors import UNFINISHED, UserError, run_main
 from moe.mesh import make_mesh
 from train import StopSignal, train
 
@@ -118,7 +118,7 @@ def main() -> None:
         after_each=lambda run: report.write() if run == last_of_seed[run.seed] else None,
     )
     if not to_its_end:
-        return
+        sys.exit(UNFINISHED)
     report.write()
     report.show()
     failed = [result for result in map(read_result, runs) if result.status == "failed"]

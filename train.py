@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from moe.checkpoint import CheckpointStore
 from moe.config import load_config, override
 from moe.data import Dataset, prepare, train_batches
-from moe.errors import UserError, run_main
+from moe.errors import UNFINISHED, UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
 from moe.nn import structure
@@ -41,11 +41,16 @@ def main() -> None:
     experiment, description = load_config(path, Experiment)
     experiment = override(experiment, arguments, prog=f"train.py {path}", description=description)
     with joined(agree_on_sigterm=True):
-        train(experiment, Path("runs") / experiment.name)
+        finished = train(experiment, Path("runs") / experiment.name)
+    if not finished:
+        sys.exit(UNFINISHED)
 
 
-def train(experiment: Experiment, directory: Path) -> None:
-    """Train to the last step, from the newest intact checkpoint in `directory` or from the start."""
+def train(experiment: Experiment, directory: Path) -> bool:
+    """Train from the newest intact checkpoint in `directory`, or from the start, to the last step.
+
+    Returns whether it was reached; SIGTERM may ask to stop before.
+    """
     settings = experiment.train
     stop = StopSignal()
 
@@ -98,7 +103,7 @@ def train(experiment: Experiment, directory: Path) -> None:
             )
         if start == settings.steps:
             print(f"{directory} is complete: all {start} steps are done\nnext  uv run eval.py {directory}")
-            return
+            return True
 
         log = TrainingLog(experiment, dataset, directory, start, position["begun_interval"])
         profiler = Profiler(
@@ -142,10 +147,11 @@ def train(experiment: Experiment, directory: Path) -> None:
                         checkpoints.save(step, state, position, loss, wait=last or stopping)
                 if stopping:
                     log.say(f"stopped by SIGTERM after step {step} and saved; the same command goes on")
-                    return
+                    return False
 
             title = f"{experiment.name}: {settings.steps} steps done"
             log.summary(title, {"run": str(directory), "next": f"uv run eval.py {directory}"})
+            return True
 
 
 def due(step: int, every: int) -> bool:
@@ -208,7 +214,7 @@ class StopSignal:
         self.requested = True
         if not self._deferred:
             print("stopped by SIGTERM before a step was taken; the same command starts again")
-            sys.exit(0)
+            sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+UNFINISHED = os.EX_TEMPFAIL
+"""Exit code (75) of a command that was asked to stop, or lost another of its processes: nothing is wrong, and
+the same command goes on. Launchers start it again."""
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the field or file and how to mend it.

@@ -31,22 +31,19 @@ from typing import Any, NoReturn
 import jax
 from jax._src import clusters, distributed  # which launcher this is, and the store that all processes share
 
-from moe.errors import UserError, ending, one_line
+from moe.errors import UNFINISHED, UserError, ending, one_line
 
 Ending = tuple[int, str]  # exit code and reason
-
-LOST = os.EX_TEMPFAIL
-"""Exit code where another process is gone: nothing is wrong here, and the same command goes on."""
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 ADVICE = (
     ", and the others cannot go on without it; the same command goes on from the newest checkpoint, with any "
     "number of processes"
 )
-GRACE = 5  # seconds that a process which ends waits for the others to end
-PATIENCE = (
-    24 * 3600 * 1000
-)  # milliseconds to wait for the first process; if it is gone, that is told otherwise
+GRACE = 5  # seconds that a process which ends gives the others to end, or to tell that one is gone
+PATIENCE = 24 * 3600 * 1000  # milliseconds for the first process to decide; if it is gone, the watch tells
+
+_decisions = itertools.count()
 
 
 @contextlib.contextmanager
@@ -54,10 +51,10 @@ def joined(*, agree_on_sigterm: bool = False, start_seconds: int = 300) -> Itera
     """Joins the other processes, if this is one of several, for all that stands in the context.
 
     In it only the first process writes to standard output. If an exception leaves it, here or in another
-    process, all end with the exit code that `run_main` gives; with `LOST` where a process is gone.
+    process, all end with the exit code that `run_main` gives; with `UNFINISHED` where a process is gone.
 
     Args:
-        agree_on_sigterm: a SIGTERM to any process ends none, and `stop_requested` tells all.
+        agree_on_sigterm: a SIGTERM to any process ends none: the loop asks `reached_preemption_sync_point`.
         start_seconds: how long to wait for the others.
 
     Raises:
@@ -72,9 +69,7 @@ def joined(*, agree_on_sigterm: bool = False, start_seconds: int = 300) -> Itera
             yield
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(
-                GRACE
-            )  # such as a collective that failed: if a process is gone, the watch ends us here
+            time.sleep(GRACE)  # a collective may have failed since a process is gone: then the watch ends us
         watch.end(error)
     watch.leave()
     jax.distributed.shutdown()  # waits for the others
@@ -104,17 +99,12 @@ def name() -> str:
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
-_decisions = itertools.count()
-
-
 def _connect(agree_on_sigterm: bool, start_seconds: int) -> bool:
     """Initialises JAX's distributed runtime where there are several processes; returns whether there are."""
     address, count, index = _given()
     if count == 1 or (count is None and not _found()):
         return False
     jax.config.update("jax_enable_preemption_service", agree_on_sigterm)
-    # On SLURM a task takes the GPU of its number, as JAX has it; one task a node takes all of them.
-    one_a_node = os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_STEP_NUM_NODES")
     # JAX itself aborts the process when its time is over.
     waiting = threading.Timer(start_seconds, _give_up, [start_seconds])
     waiting.daemon = True
@@ -124,12 +114,19 @@ def _connect(agree_on_sigterm: bool, start_seconds: int) -> bool:
             address,
             count,
             index,
-            local_device_ids=[] if one_a_node and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None,
+            local_device_ids=[] if _alone_on_node() else None,
+            cluster_detection_method=None if count is None else "deactivate",
             initialization_timeout=start_seconds + 60,
         )
     finally:
         waiting.cancel()
     return True
+
+
+def _alone_on_node() -> bool:
+    """Whether SLURM runs one task a node: it takes all GPUs, where JAX would take the one of its number."""
+    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    return tasks is not None and tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
 def _give_up(seconds: int) -> NoReturn:
@@ -191,13 +188,14 @@ def _quiet_unless_first() -> Iterator[None]:
 class _Watch:
     """This process's connections: of the first with every other, of another with the first.
 
-    A thread listens. A peer says null when it is done, or exit code and reason if it ends early; one that
-    falls silent before is gone. The first process passes on what ends the run.
+    A thread listens. A peer's last word is null when it is done, exit code and reason if it ends early; one
+    that leaves without a word is gone. The first process passes on what ends the run, and leaves last: JAX
+    aborts the others when it does.
     """
 
     def __init__(self):
         self._peers = _meet()
-        self._done: set[Any] = set()
+        self._heard: set[Any] = set()
         self._ends: Ending | None = None
         self._ends_here = False
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
@@ -211,12 +209,13 @@ class _Watch:
         """Ends this process as `run_main` would, and all others."""
         code, words = ending(error)
         self._ends_here = True
-        self._tell((code, f"{name()} ended: {one_line(error) or type(error).__name__}"))
         if words is None:
             traceback.print_exception(error)
         else:
             print(words, end="", file=sys.stderr)
-        self._thread.join(GRACE)
+        self._tell((code, f"{name()} ended: {one_line(error) or type(error).__name__}"))
+        if first():
+            self._thread.join(GRACE)
         _exit(code)
 
     def _listen(self) -> None:
@@ -224,24 +223,22 @@ class _Watch:
             for peer in ready:
                 ends = self._hear(peer)
                 if ends and not self._ends:
+                    print(f"error: {ends[1]}", file=sys.stderr)
                     self._tell(ends)
+            if self._ends and not first():
+                break
         if self._ends and not self._ends_here:
-            code, reason = self._ends
-            print(f"error: {reason}", file=sys.stderr)
-            _exit(code)
+            _exit(self._ends[0])
 
     def _hear(self, peer: Any) -> Ending | None:
         """What ends the run, if this peer ends it."""
         try:
             ends = json.loads(peer.recv_bytes())
         except (EOFError, OSError):
-            gone = self._peers.pop(peer)
-            return None if peer in self._done else (LOST, f"{gone} is gone{ADVICE}")
-        if ends:
-            del self._peers[peer]
-            return tuple(ends)
-        self._done.add(peer)
-        return None
+            who = self._peers.pop(peer)
+            return None if peer in self._heard else (UNFINISHED, f"{who} is gone{ADVICE}")
+        self._heard.add(peer)
+        return tuple(ends) if ends else None
 
     def _tell(self, ends: Ending | None) -> None:
         self._ends = ends

@@ -313,6 +313,23 @@ def test_another_architecture_is_an_error_that_names_the_leaf(tmp_path: Path, ot
     assert capsys.readouterr().err == ""
 
 
+def test_a_part_can_be_restored_without_the_rest(tmp_path: Path):
+    state = make_state(0)
+    wanted = {name: state[name] for name in ("params", "keys")}
+    with store(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for restored in (
+            checkpoints.restore(abstract(wanted), whole=False),
+            checkpoints.restore_step(1, abstract(wanted), whole=False),
+        ):
+            assert restored is not None
+            assert_same(restored.state, wanted)
+        with pytest.raises(UserError, match="another architecture"):
+            checkpoints.restore(abstract(wanted))
+        with pytest.raises(UserError, match=r"more is absent in it"):
+            checkpoints.restore(abstract(wanted | {"more": jnp.zeros(3)}), whole=False)
+
+
 def test_asking_for_a_step_that_is_not_there_lists_those_that_are(tmp_path: Path):
     with store(tmp_path) as checkpoints:
         checkpoints.save(1, small(1), {})

@@ -26,7 +26,7 @@ import jax
 from moe.ablation.ablation import Run
 from moe.ablation.progress import Listener, SweepProgress
 from moe.ablation.results import FAILURE, MACHINE, read_result
-from moe.errors import UserError, one_line
+from moe.errors import UNFINISHED, UserError, one_line
 from moe.experiment import Experiment
 from moe.machine import machine
 
@@ -185,7 +185,7 @@ def submit(
 
 def _leave(*_: object) -> None:
     print("stopped by SIGTERM; the same command goes on")
-    sys.exit(0)
+    sys.exit(UNFINISHED)
 
 
 def _share_compiled_programs(run: Run) -> None:

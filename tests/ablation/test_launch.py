@@ -13,7 +13,7 @@ import pytest
 from invented_sweep import ROUTING, ablation, train_at_once, write_run
 
 from moe.ablation import Run, Slurm, SweepProgress, read_result, run_here, submit
-from moe.errors import UserError
+from moe.errors import UNFINISHED, UserError
 
 FLOPS = dict.fromkeys(ROUTING.choices, 1.0)
 
@@ -131,7 +131,7 @@ def test_sigterm_at_the_last_step_of_a_run_ends_the_sweep_too(runs, capsys):
 
     with pytest.raises(SystemExit) as ended:
         launch(runs, train, leave=lambda left: left is handler)
-    assert ended.value.code == 0
+    assert ended.value.code == UNFINISHED
     assert [run.finished for run in runs] == [True] + [False] * 5
     assert capsys.readouterr().out.splitlines()[-1] == "stopped by SIGTERM; the same command goes on"
 
@@ -146,7 +146,7 @@ def test_sigterm_between_two_runs_ends_the_sweep(runs):
             asked_to_leave=lambda _: False,
             after_each=lambda _: os.kill(os.getpid(), signal.SIGTERM),
         )
-    assert ended.value.code == 0
+    assert ended.value.code == UNFINISHED
     assert [run.finished for run in runs] == [True] + [False] * 5
 
 

@@ -47,7 +47,7 @@ def sweep(workshop: Workshop) -> Path:
     wait_for_checkpoint(stopped, sweep / "top-1" / "seed1")
     stopped.terminate()
     out, err = stopped.communicate(timeout=120)
-    assert (stopped.returncode, err) == (0, "")
+    assert (stopped.returncode, err) == (UNFINISHED, "")
     assert "run 3 of 4  top-2/seed1  going on after step" in out
     assert re.search(r"stopped by SIGTERM.*; the same command goes on", out.splitlines()[-1])
 
@@ -149,6 +149,7 @@ CHANGED = """
 from dataclasses import replace
 from end_to_end.tiny_ablation import config as sweep
 from moe.ablation import Axis
+from moe.errors import UNFINISHED
 config = replace(sweep, {changes})
 """
 

@@ -14,6 +14,7 @@ from workshop import TINY, Workshop, assert_same_run, fingerprint
 
 import moe.training.evaluate
 import moe.training.state
+from moe.errors import UNFINISHED
 from moe.training.log import TrainingLog
 
 
@@ -134,7 +135,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(workshop: Workshop, whole: P
         with monkeypatch.context() as patch:
             patch.setattr(module, name, at_call(call, getattr(module, name), sigterm))
             ended = workshop.call(*command("asked"))
-        assert (ended.code, ended.err) == (0, "")
+        assert (ended.code, ended.err) == (UNFINISHED, "")
         assert ended.out.splitlines()[-1] == said
     assert workshop.call(*command("asked")).code == 0
     assert_same_run(workshop.runs / "asked", whole)

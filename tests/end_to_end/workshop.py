@@ -70,11 +70,19 @@ class Workshop:
         config.write_text(config.read_text().replace(f'"name": "{run}"', f'"name": "{name}"'))
         return self.runs / name
 
-    def start(self, script: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    def start(
+        self, script: str, *arguments: str, devices: int = 1, **environment: str
+    ) -> subprocess.Popen[str]:
         """Start a command in a process of its own, on simulated devices."""
+        return self.start_program(
+            sys.executable, str(ROOT / script), *arguments, devices=devices, **environment
+        )
+
+    def start_program(self, *command: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
+        """Start any program, such as one that starts commands."""
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         return subprocess.Popen(
-            [sys.executable, ROOT / script, *arguments],
+            command,
             cwd=self.folder,
             env=os.environ
             | {
@@ -82,7 +90,8 @@ class Workshop:
                 "JAX_COMPILATION_CACHE_DIR": self.compiled,
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONUNBUFFERED": "1",
-            },
+            }
+            | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

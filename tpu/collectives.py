@@ -1,0 +1,134 @@
+"""The collectives of a compiled program: which, over which mesh axes, how many bytes."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from tpu.hlo import Computation, Instruction, Module
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Names and lengths of the mesh axes, major first: partition i of a program is device i in that order."""
+
+    axes: dict[str, int]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Partition numbers in the shape of the mesh."""
+        return np.arange(int(np.prod(list(self.axes.values())))).reshape(tuple(self.axes.values()))
+
+    def varying(self, group: np.ndarray) -> tuple[str, ...]:
+        """The axes along which the members of a group differ."""
+        places = np.stack(np.unravel_index(group, self.ids.shape))
+        return tuple(name for name, row in zip(self.axes, places, strict=True) if len(set(row)) > 1)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What one instruction sends between devices, once."""
+
+    kind: str
+    """One of `KINDS`. A sum of which each device keeps a part is a reduce-scatter, however it is written."""
+
+    axes: tuple[str, ...]
+    """The mesh axes it goes along."""
+
+    group: tuple[int, ...]
+    """Partitions of its first group."""
+
+    payload: int
+    """Bytes of the whole array before a sum or after a gather; of a device's own part otherwise."""
+
+    concurrent: bool
+    """Whether the program computes while it is under way."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends when bandwidth is used best (ring algorithms)."""
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return self.payload
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.payload * (len(self.group) - 1) // len(self.group)
+
+
+def collective(module: Module, where: Computation, instruction: Instruction, mesh: Mesh) -> Collective | None:
+    """What this instruction sends, None where it only computes (or waits for one that was begun).
+
+    Fusions and asynchronous wrappers are looked into: XLA's TPU compiler hides reduce-scatters and the
+    gathers that it runs beside products in them.
+    """
+    inner, computation, concurrent = instruction, where, False
+    if instruction.opcode in ("fusion", "async-start"):
+        found = [
+            (i, module.computations[name])
+            for name in instruction.called
+            for i in module.computations[name].instructions.values()
+            if _kind(i)
+        ]
+        if not found:
+            return None
+        inner, computation = found[0]
+        concurrent = instruction.opcode == "async-start"
+    kind = _kind(inner)
+    if kind is None:
+        return None
+    concurrent |= inner.opcode.endswith("-start")
+    results = inner.shapes[len(inner.shapes) // 2 :] if inner.opcode == "all-gather-start" else inner.shapes
+    operands = computation.operand_shapes(inner)
+    if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
+        kind = "reduce-scatter"
+    if kind == "ragged-all-to-all":  # operands: what is sent, where it goes, and four lists of places
+        operands = operands[:1]
+    payload = sum(s.bytes for s in (results if kind == "all-gather" else operands))
+    group = _first_group(inner, mesh)
+    return Collective(kind, mesh.varying(group), tuple(int(i) for i in group), payload, concurrent)
+
+
+def _kind(instruction: Instruction) -> str | None:
+    name = instruction.opcode.removesuffix("-start")
+    return name if name in KINDS else None
+
+
+def _first_group(instruction: Instruction, mesh: Mesh) -> np.ndarray:
+    """Partitions of the first group, by any of the four notations that XLA prints."""
+    pairs = instruction.attribute("source_target_pairs")
+    if pairs is not None:
+        ring = re.findall(r"\{(\d+),(\d+)\}", pairs)
+        reached = {int(source): int(target) for source, target in ring}
+        group = [int(ring[0][0])]
+        while (after := reached.get(group[-1])) is not None and after not in group:
+            group.append(after)
+        return np.array(group)
+    groups = _attribute_with_space(instruction, "replica_groups")
+    if groups.startswith("mesh["):  # mesh['data'=2,'expert'=4] {'data','expert'}
+        lengths = {name: int(length) for name, length in re.findall(r"'([^']+)'=(\d+)", groups)}
+        named = re.findall(r"'([^']+)'", groups.partition("{")[2])
+        ids = np.arange(int(np.prod(list(lengths.values())))).reshape(tuple(lengths.values()))
+        return ids[tuple(slice(None) if name in named else 0 for name in lengths)].reshape(-1)
+    if groups.startswith("["):  # [4,2]<=[2,4]T(1,0)
+        numbers = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups)
+        assert numbers, groups
+        shape, source, order = ([int(n) for n in (text or "").split(",") if n] for text in numbers.groups())
+        ids = np.arange(int(np.prod(source))).reshape(source)
+        return (ids.transpose(order) if order else ids).reshape(shape)[0]
+    first = re.search(r"\{([\d,]+)\}", groups)
+    return np.array([int(n) for n in first[1].split(",")]) if first else mesh.ids.reshape(-1)
+
+
+def _attribute_with_space(instruction: Instruction, name: str) -> str:
+    """An attribute that goes on behind a space: `mesh[...] {...}`."""
+    text = instruction.attribute(name) or "{}"
+    behind = re.search(rf"{name}=mesh\[[^\]]*\] (\{{[^}}]*\}})", instruction.attributes)
+    return f"{text} {behind[1]}" if behind else text

@@ -12,8 +12,9 @@ import jax
 from moe.errors import UserError, one_line
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
+from moe.nn import TransformerConfig
 from tpu.chips import Place, chip_of
-from tpu.collectives import Mesh
+from tpu.collectives import Mesh, gathered
 from tpu.estimate import Times, times
 from tpu.hlo import Module
 from tpu.operations import Operation, operations
@@ -71,6 +72,9 @@ class Analysis:
     peak_flops: float
     """Of a device."""
 
+    gathered_experts: tuple[str, ...]
+    """Instructions that gather the matrices of all experts along `expert`: there should be none."""
+
     unknown_loops: int
     """Loops whose number of runs is not in the program; they count once."""
 
@@ -101,8 +105,8 @@ class DoesNotFitError(UserError):
     """The compiler found that a device has too little memory."""
 
 
-def analyse(experiment: Experiment, topology: str, step: str) -> Analysis:
-    """Compile and analyse one step of an experiment. Sets the mesh.
+def analyse(experiment: Experiment, topology: str, step: str) -> tuple[Analysis, str]:
+    """Compile and analyse one step of an experiment, and give its HLO. Sets the mesh.
 
     Raises:
         UserError: no such topology, a mesh or batch that it cannot share, or too little memory.
@@ -118,10 +122,11 @@ def analyse(experiment: Experiment, topology: str, step: str) -> Analysis:
     seconds = time.perf_counter() - started
     places = [Place(tuple(d.coords), d.core_on_chip) for d in mesh.devices.flat]
     named = Mesh(dict(mesh.shape))
-    module = Module.parse(compiled.as_text() or "")
+    program = compiled.as_text() or ""
+    module = Module.parse(program)
     found = operations(module, named, balanced_rows(experiment, lowered, mesh))
     loops = [(where, i) for where, i in module.loops() if module.trip_count(where, i) is None]
-    return Analysis(
+    analysis = Analysis(
         experiment.name,
         step,
         topology,
@@ -135,9 +140,11 @@ def analyse(experiment: Experiment, topology: str, step: str) -> Analysis:
         float((compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)),
         lowered.tokens,
         chip.peak_flops / chip.devices,
+        _gathered_experts(module, named, experiment.model),
         len(loops),
         seconds,
     )
+    return analysis, program
 
 
 def describe(topology: str) -> list[Any]:
@@ -168,6 +175,14 @@ def _compile(lowered: Lowered) -> jax.stages.Compiled:
             f"does not fit: needs {used[1]} {used[2]}iB of a device's {used[3]} {used[4]}iB; "
             "raise train.accumulation, or take another mesh or more chips"
         ) from error
+
+
+def _gathered_experts(module: Module, mesh: Mesh, model: TransformerConfig) -> tuple[str, ...]:
+    if not model.moe_layers:
+        return ()
+    width = model.moe.latent_width or model.width
+    shapes = [(number, width, hidden) for number, hidden in model.moe.width_classes]
+    return tuple(name for dims in shapes for name in gathered(module, mesh, "expert", *dims))
 
 
 def _memory(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str, float]:

@@ -102,7 +102,7 @@ def seconds(chip: Chip, collective: Collective, places: Sequence[Place]) -> floa
         places: of all partitions.
     """
     group = [places[i] for i in collective.group]
-    lanes, longest, ring = 0.0, 1, True
+    lanes: list[tuple[int, float]] = []  # length and bandwidth of each dimension
     for d in range(len(group[0].coords)):
         line = sorted({place.coords[d] for place in group})
         if len(line) == 1:
@@ -110,15 +110,14 @@ def seconds(chip: Chip, collective: Collective, places: Sequence[Place]) -> floa
         side = 1 + max(place.coords[d] for place in places)
         stride = min(b - a for a, b in pairwise(line))
         closed = len(line) * stride == side and chip.wraps(side)
-        lanes += (2 if closed else 1) * chip.link_bandwidth / stride
-        if len(line) > longest:
-            longest, ring = len(line), closed
-    both_cores = len({place.core for place in group}) > 1
-    if lanes == 0:
-        lanes = DIE_TO_DIE * chip.link_bandwidth
-    elif not both_cores:
-        lanes /= chip.devices  # the chip's other devices send over the same links
+        lanes.append((len(line), (2 if closed else 1) * chip.link_bandwidth / stride))
+    if not lanes:
+        lanes = [(2, DIE_TO_DIE * chip.link_bandwidth)]
+    elif len({place.core for place in group}) == 1:
+        # The chip's other devices send over the same links.
+        lanes = [(length, bandwidth / chip.devices) for length, bandwidth in lanes]
     if "all-to-all" in collective.kind:
-        # A part travels a quarter of the ring on average, half of a line's links see all that crosses it.
-        return collective.payload * longest / (4 if ring else 2) / lanes / 2
-    return collective.sent / lanes
+        # Half of all that is sent crosses the middle of the longest dimension, half of that either way.
+        length, bandwidth = max(lanes)
+        return collective.payload * length / 4 / bandwidth
+    return collective.sent / sum(bandwidth for _, bandwidth in lanes)

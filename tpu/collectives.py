@@ -96,6 +96,21 @@ def collective(module: Module, where: Computation, instruction: Instruction, mes
     return Collective(kind, mesh.varying(group), tuple(int(i) for i in group), payload, concurrent)
 
 
+def gathered(module: Module, mesh: Mesh, axis: str, *dims: int) -> list[str]:
+    """Names of the instructions that gather an array with all of these dimensions along a mesh axis.
+
+    Of `expert`, and the dimensions of the experts' matrices: what must not be. Each device keeps its own
+    experts, and tokens travel to them.
+    """
+    found = []
+    for where in module.computations.values():
+        for i in where.instructions.values():
+            whole = any(set(dims) <= set(shape.dims) for shape in i.shapes)
+            if whole and _kind(i) == "all-gather" and axis in mesh.varying(_first_group(i, mesh)):
+                found.append(i.name)
+    return found
+
+
 def _kind(instruction: Instruction) -> str | None:
     name = instruction.opcode.removesuffix("-start")
     return name if name in KINDS else None

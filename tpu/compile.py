@@ -12,6 +12,7 @@ a predicted step time and MFU; `docs/tpu.md` says what the prediction leaves out
     --step NAME       which program: train
     --sweep           compile for every mesh that the config permits, rank them, name the best
     --out FILE        write everything as JSON
+    --hlo FILE        write the compiled program
 
 Fields of the config may follow, as with `train.py`.
 """
@@ -58,6 +59,9 @@ class Options:
     out: str = ""
     """File for the results, as JSON."""
 
+    hlo: str = ""
+    """File for the compiled program, as HLO."""
+
     def check(self) -> None:
         """Refuse what is missing or unknown.
 
@@ -69,8 +73,9 @@ class Options:
         chip_of(self.topology)
         if self.step not in STEPS:
             raise UserError(f"--step {self.step!r}: choose from {', '.join(STEPS)}")
-        if self.out and not Path(self.out).absolute().parent.is_dir():
-            raise UserError(f"--out {self.out}: no such folder")
+        for name, file in {"out": self.out, "hlo": self.hlo}.items():
+            if file and not Path(file).absolute().parent.is_dir():
+                raise UserError(f"--{name} {file}: no such folder")
 
 
 def main() -> None:
@@ -91,9 +96,11 @@ def main() -> None:
     if options.sweep:
         results = sweep(experiment, path, options.topology, options.step, others)
     else:
-        analysis = analyse(experiment, options.topology, options.step)
+        analysis, program = analyse(experiment, options.topology, options.step)
         print(page(analysis))
         results = analysis.json()
+        if options.hlo:
+            Path(options.hlo).write_text(program)
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -171,10 +171,11 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
     if opcode.endswith("-done"):
         return 0.0
     operands = [where.instructions[name] for name in instruction.operands]
-    if opcode.endswith("-start"):  # copies between memories: (destination, source, context), counted once
-        sizes = [_hbm(s) for s in instruction.shapes[:1]] + [_hbm(s) for o in operands[:1] for s in o.shapes]
-        least = min((s.bytes for s in instruction.shapes[:1]), default=0)
-        return float(sum(min(size, least) for size in sizes))
+    if opcode.endswith(
+        "-start"
+    ):  # a copy between memories of a whole or a part: (one end, other end, context)
+        ends = [s for s in instruction.shapes if s.dims][:2]
+        return float(min((s.bytes for s in ends), default=0) * sum(s.space != FAST for s in ends))
     if opcode == "fusion":
         return float(_fusion_bytes(module.computations[instruction.called[0]], instruction, operands))
     written = sum(_hbm(s) for s in instruction.shapes)

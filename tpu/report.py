@@ -59,6 +59,8 @@ def page(a: Analysis) -> str:
         ),
         f"bound by {t.bound}; {a.tokens / t.compiler:,.0f} to {a.tokens / t.roofline:,.0f} tokens/s in all",
     ]
+    if a.gathered_experts:
+        lines.append(f"note: every device gathers all experts: {', '.join(a.gathered_experts)}")
     if a.unknown_loops:
         lines.append(f"note: {a.unknown_loops} loops run an unknown number of times and count once")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Analysis:
     """Loops whose number of runs is not in the program; they count once."""
 
     compile_seconds: float
+    flags: str
+    """LIBTPU_INIT_ARGS, which a run on these chips needs too."""
 
     @property
     def fits(self) -> bool:
@@ -143,6 +146,7 @@ def analyse(experiment: Experiment, topology: str, step: str) -> tuple[Analysis,
         _gathered_experts(module, named, experiment.model),
         len(loops),
         seconds,
+        os.environ["LIBTPU_INIT_ARGS"],
     )
     return analysis, program
 
@@ -157,7 +161,7 @@ def describe(topology: str) -> list[Any]:
         raise UserError("libtpu is missing, the compiler for TPUs; run with `uv run --extra tpu`")
     from jax.experimental import topologies
 
-    chip_of(topology)
+    os.environ.setdefault("LIBTPU_INIT_ARGS", chip_of(topology).flags)  # before libtpu is loaded
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of libtpu, whatever it may be

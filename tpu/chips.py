@@ -41,6 +41,9 @@ class Chip:
     clock: float
     """Hz."""
 
+    flags: str
+    """For LIBTPU_INIT_ARGS: what lets collectives run beside the core on this generation."""
+
     devices: int = 1
 
     def wraps(self, length: int) -> bool:
@@ -52,14 +55,41 @@ class Chip:
         return length == 16 if self.dimensions == 2 else length % 4 == 0
 
 
+# v5e gathers in steps beside products, generations with SparseCores send by those (each compiler refuses the
+# other's way); the flags are those with which MaxText trains (its benchmarks/xla_flags_library.py).
+BESIDE_PRODUCTS = " ".join(
+    f"--xla_{flag}=true"
+    for flag in (
+        "tpu_enable_async_collective_fusion",
+        "tpu_enable_async_collective_fusion_fuse_all_gather",
+        "tpu_enable_async_collective_fusion_multiple_steps",
+        "tpu_overlap_compute_collective_tc",
+        "enable_async_all_gather",
+    )
+)
+ON_SPARSE_CORES = " ".join(
+    f"--xla_{flag}"
+    for flag in (
+        "tpu_enable_sparse_core_collective_offload_all_gather=true",
+        "tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+        "tpu_enable_sparse_core_collective_offload_all_reduce=true",
+        "tpu_enable_all_gather_offload_tracing=true",
+        "tpu_use_tc_device_shape_on_sc=true",
+        "sc_disable_megacore_partitioning=true",
+        "tpu_enable_async_collective_fusion_fuse_all_gather=false",
+        "enable_async_all_gather=true",
+        "enable_async_all_reduce=true",
+    )
+)
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9),
-        Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9),
-        Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9),
-        Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 1.75e9),
-        Chip("tpu7x", "TPU7x", 2307e12, 192 * GIB, 7380e9, 100e9, 3, 2.2e9, devices=2),
+        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9, ""),
+        Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9, BESIDE_PRODUCTS),
+        Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, ON_SPARSE_CORES),
+        Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 1.75e9, ON_SPARSE_CORES),
+        Chip("tpu7x", "TPU7x", 2307e12, 192 * GIB, 7380e9, 100e9, 3, 2.2e9, ON_SPARSE_CORES, devices=2),
     )
 }
 DIE_TO_DIE = 6  # times a link

@@ -1,6 +1,7 @@
 """The collectives of a compiled program: which, over which mesh axes, how many bytes."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+
+# A collective that v5e's compiler takes in steps beside several products: fusions that begin and end it.
+STEPS_BEGIN, STEPS_END = "async-collective-start", "async-collective-done"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class Collective:
     """Whether the program computes while it is under way."""
 
     @property
+    def touched(self) -> int:
+        """Bytes that a device reads and writes of it in HBM."""
+        parts = len(self.group) if self.kind in ("all-gather", "reduce-scatter") else 1
+        return self.payload + self.payload // parts
+
+    @property
     def sent(self) -> int:
         """Bytes that a device sends when bandwidth is used best (ring algorithms)."""
         if self.kind in ("collective-permute", "collective-broadcast"):
@@ -66,25 +76,15 @@ class Collective:
 def collective(module: Module, where: Computation, instruction: Instruction, mesh: Mesh) -> Collective | None:
     """What this instruction sends, None where it only computes (or waits for one that was begun).
 
-    Fusions and asynchronous wrappers are looked into: XLA's TPU compiler hides reduce-scatters and the
-    gathers that it runs beside products in them.
+    Fusions and asynchronous calls are looked into: XLA's TPU compiler hides reduce-scatters in the former,
+    and what a SparseCore sends in the latter.
     """
-    inner, computation, concurrent = instruction, where, False
-    if instruction.opcode in ("fusion", "async-start"):
-        found = [
-            (i, module.computations[name])
-            for name in instruction.called
-            for i in module.computations[name].instructions.values()
-            if _kind(i)
-        ]
-        if not found:
-            return None
-        inner, computation = found[0]
-        concurrent = instruction.opcode == "async-start"
-    kind = _kind(inner)
-    if kind is None:
+    inside = next(_sending(module, where, instruction), None)
+    if inside is None or continues(instruction) or instruction.name.startswith(STEPS_END):
         return None
-    concurrent |= inner.opcode.endswith("-start")
+    computation, inner = inside
+    kind = _kind(inner) or ""
+    concurrent = instruction.opcode.endswith("-start") or instruction.name.startswith(STEPS_BEGIN)
     results = inner.shapes[len(inner.shapes) // 2 :] if inner.opcode == "all-gather-start" else inner.shapes
     operands = computation.operand_shapes(inner)
     if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
@@ -94,6 +94,23 @@ def collective(module: Module, where: Computation, instruction: Instruction, mes
     payload = sum(s.bytes for s in (results if kind == "all-gather" else operands))
     group = _first_group(inner, mesh)
     return Collective(kind, mesh.varying(group), tuple(int(i) for i in group), payload, concurrent)
+
+
+def continues(instruction: Instruction) -> bool:
+    """Whether this is a product that a collective which was begun before goes on beside."""
+    return any(name.startswith("async_collective_fusion") for name in instruction.called)
+
+
+def _sending(
+    module: Module, where: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction]]:
+    """The instruction itself, or those in what it calls, that send."""
+    if _kind(instruction):
+        yield where, instruction
+    elif instruction.opcode == "fusion" or instruction.opcode.endswith("-start"):
+        for name in instruction.called:
+            for i in module.computations[name].instructions.values():
+                yield from _sending(module, module.computations[name], i)
 
 
 def gathered(module: Module, mesh: Mesh, axis: str, *dims: int) -> list[str]:
@@ -113,7 +130,7 @@ def gathered(module: Module, mesh: Mesh, axis: str, *dims: int) -> list[str]:
 
 def _kind(instruction: Instruction) -> str | None:
     name = instruction.opcode.removesuffix("-start")
-    return name if name in KINDS else None
+    return next((kind for kind in KINDS if kind == name), None)
 
 
 def _first_group(instruction: Instruction, mesh: Mesh) -> np.ndarray:

@@ -11,6 +11,7 @@ a predicted step time and MFU; `docs/tpu.md` says what the prediction leaves out
     --topology NAME   v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x8: generation and sides in chips
     --step NAME       which program: train
     --sweep           compile for every mesh that the config permits, rank them, name the best
+    --axes NAME ...   the mesh axes that a sweep tries; the others stay as they are
     --out FILE        write everything as JSON
     --hlo FILE        write the compiled program
 
@@ -56,6 +57,9 @@ class Options:
     sweep: bool = False
     """Every mesh that the config permits."""
 
+    axes: tuple[str, ...] = ("data", "expert")
+    """Mesh axes that a sweep tries; the others stay as they are."""
+
     out: str = ""
     """File for the results, as JSON."""
 
@@ -94,7 +98,14 @@ def main() -> None:
     experiment, description = load_config(path, Experiment)
     experiment = override(experiment, others, prog=f"tpu/compile.py {path}", description=description)
     if options.sweep:
-        results = sweep(experiment, path, options.topology, options.step, others)
+        results = sweep(
+            experiment,
+            options.axes,
+            path=path,
+            topology=options.topology,
+            step=options.step,
+            overrides=others,
+        )
     else:
         analysis, program = analyse(experiment, options.topology, options.step)
         print(page(analysis))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpu.chips import Chip, Place, seconds
+from tpu.collectives import STEPS_END, continues
 from tpu.hlo import Computation, Instruction, Module
 from tpu.operations import Operation
 
@@ -94,12 +95,14 @@ def _along(module: Module, by_name: dict[str, Operation], links, core) -> tuple[
                 spent, idle = run(body)
                 now, waited = now + trips * spent, waited + trips * idle
             operation = by_name.get(i.name)
-            if i.opcode.endswith("-done"):  # of a collective, or of a copy, which has no time of its own
-                ready = max((begun[name] for name in i.operands), default=0.0)
+            ready = max((begun[name] for name in i.operands), default=0.0)
+            if i.opcode in ("get-tuple-element", "bitcast") or i.opcode.endswith("-update") or continues(i):
+                begun[i.name] = ready
+            if i.opcode.endswith("-done") or i.name.startswith(STEPS_END):  # a copy has no time of its own
                 waited, now = waited + max(0.0, ready - now), max(now, ready)
             elif operation is None:
                 continue
-            elif operation.collective and operation.collective.concurrent and i.opcode.endswith("-start"):
+            elif operation.collective and operation.collective.concurrent:
                 free = max(now, free) + links[i.name]
                 begun[i.name] = free
             elif operation.collective:

@@ -73,7 +73,9 @@ def operations(module: Module, mesh: Mesh, balanced_rows: float) -> list[Operati
         sent = collective(module, where, instruction, mesh)
         kind, flops = _products(module, where, instruction, balanced_rows)
         moved = _bytes(module, where, instruction)
-        if kind == "experts":
+        if sent:
+            moved = float(sent.touched)
+        elif kind == "experts":
             moved = _bytes_of_rows(where, instruction, balanced_rows)
         found.append(
             Operation(
@@ -168,7 +170,7 @@ def _pairs_flops(where: Computation, instruction: Instruction) -> float:
 def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:
     """Read and written in HBM: a slice or a gather counts what it takes, an update what it puts."""
     opcode = instruction.opcode
-    if opcode.endswith("-done"):
+    if opcode.endswith(("-done", "-update")):
         return 0.0
     operands = [where.instructions[name] for name in instruction.operands]
     if opcode.endswith(

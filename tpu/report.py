@@ -59,6 +59,8 @@ def page(a: Analysis) -> str:
         ),
         f"bound by {t.bound}; {a.tokens / t.compiler:,.0f} to {a.tokens / t.roofline:,.0f} tokens/s in all",
     ]
+    if a.flags:
+        lines.append(f"compiled with LIBTPU_INIT_ARGS={a.flags!r}; a run needs them too")
     if a.gathered_experts:
         lines.append(f"note: every device gathers all experts: {', '.join(a.gathered_experts)}")
     if a.unknown_loops:

@@ -119,8 +119,9 @@ def balanced_rows(experiment: Experiment, lowered: Lowered, mesh: jax.sharding.M
     moe = experiment.model.moe
     if not experiment.model.moe_layers:
         return 0.0
-    devices, split = mesh.size, mesh.shape["expert"]
-    before_device = lowered.passes_tokens / devices * split
-    of_expert = before_device * moe.experts_per_token(experiment.data.sequence_length) / moe.num_experts
+    # Devices along `expert` bring their tokens together, those along `tensor` hold the same ones.
+    split, same = mesh.shape["expert"], mesh.shape.get("tensor", 1)
+    gathered = lowered.passes_tokens / mesh.size * split * same
+    of_expert = gathered * moe.experts_per_token(experiment.data.sequence_length) / moe.num_experts
     tile = getattr(moe.dispatch, "tile", 1)
     return float(np.ceil(of_expert / tile) * tile * moe.num_experts / split)

@@ -1,6 +1,7 @@
 """Every mesh that a config permits on a topology, compiled one after the other and ranked."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,24 @@ from tpu.report import table
 COMMAND = Path(__file__).with_name("compile.py")
 
 
-def layouts(experiment: Experiment, devices: list) -> list[MeshConfig]:
-    """All ways to lay the devices out along the mesh's axes that the batch and the model can share."""
-    axes = [field.name for field in fields(MeshConfig)]
+def layouts(experiment: Experiment, devices: list, axes: Sequence[str]) -> list[MeshConfig]:
+    """All ways to lay the devices out along these axes that the batch and the model can share.
+
+    The other axes stay as the experiment has them; one that takes what is left becomes 1.
+
+    Raises:
+        UserError: the mesh has no such axis.
+    """
+    known = {field.name: max(1, getattr(experiment.mesh, field.name)) for field in fields(MeshConfig)}
+    for axis in axes:
+        if axis not in known:
+            raise UserError(f"--axes {axis}: the mesh has no such axis; choose from {', '.join(known)}")
+    fixed = math.prod(length for name, length in known.items() if name not in axes)
+    if len(devices) % fixed:
+        raise UserError(f"the axes that --axes leaves as they are take {fixed} of {len(devices)} devices")
     found = []
-    for lengths in factorings(len(devices), len(axes)):
-        mesh = MeshConfig(**dict(zip(axes, lengths, strict=True)))
+    for lengths in factorings(len(devices) // fixed, len(axes)):
+        mesh = MeshConfig(**known | dict(zip(axes, lengths, strict=True)))
         try:
             make_mesh(mesh, devices)
             replace(experiment, mesh=mesh).check_devices(len(devices))
@@ -45,7 +58,13 @@ def factorings(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def sweep(
-    experiment: Experiment, path: str, topology: str, step: str, overrides: Sequence[str]
+    experiment: Experiment,
+    axes: Sequence[str],
+    *,
+    path: str,
+    topology: str,
+    step: str,
+    overrides: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Compile for every layout, print them best first, and return what each gave.
 
@@ -54,7 +73,7 @@ def sweep(
     Raises:
         UserError: no mesh is permitted, or none fits.
     """
-    found = layouts(experiment, describe(topology))
+    found = layouts(experiment, describe(topology), axes)
     if not found:
         raise UserError(
             f"no mesh of {topology} divides train.batch_size={experiment.train.batch_size} / "

@@ -23,11 +23,19 @@ FUSED = """%all-reduce-scatter.4 (input: bf16[16,1024,2048]) -> bf16[16,1024,102
   ROOT %all-gather.1 = f32[16]{0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
+%sparse_core (q: f32[8]) -> f32[16] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %fused = f32[16]{0} fusion(%q), kind=kCustom, calls=%wrapped
+}
+
 ENTRY %main (x: bf16[16,1024,2048], y: f32[8]) -> bf16[16,1024,1024] {
   %x = bf16[16,1024,2048]{2,1,0} parameter(0)
   %y = f32[8]{0} parameter(1)
   %begun = ((f32[8]), f32[16], u32[]) async-start(%y), calls=%wrapped
   %ended = f32[16]{0} async-done(%begun)
+  %call = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", to_apply=%sparse_core
+  %given = ((f32[8]), f32[16]) call-update(%call, %y)
+  %returned = f32[16]{0} call-done(%given)
   ROOT %fusion.568 = bf16[16,1024,1024]{2,1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.4
 }
 """
@@ -97,10 +105,17 @@ def test_what_hides_in_fusions_is_found():
         ("data",),
         2 * 16 * 1024 * 2048,
     )
-    begun = collective(module, main, main.instructions["begun"], MESH)
-    assert begun
-    assert (begun.kind, begun.axes, begun.payload, begun.concurrent) == ("all-gather", ("data",), 64, True)
-    assert collective(module, main, main.instructions["ended"], MESH) is None
+    for name in ("begun", "call"):
+        begun = collective(module, main, main.instructions[name], MESH)
+        assert begun
+        assert (begun.kind, begun.axes, begun.payload, begun.concurrent) == (
+            "all-gather",
+            ("data",),
+            64,
+            True,
+        )
+    for name in ("ended", "given", "returned"):
+        assert collective(module, main, main.instructions[name], MESH) is None
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -161,9 +161,13 @@ def describe(topology: str) -> list[Any]:
         raise UserError("libtpu is missing, the compiler for TPUs; run with `uv run --extra tpu`")
     from jax.experimental import topologies
 
-    os.environ.setdefault("LIBTPU_INIT_ARGS", chip_of(topology).flags)  # before libtpu is loaded
+    chip = chip_of(topology)
+    os.environ.setdefault("LIBTPU_INIT_ARGS", chip.flags)  # before libtpu is loaded
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chip_config_name=chip.configuration
+        )
+        return list(described.devices)
     except Exception as error:  # of libtpu, whatever it may be
         raise UserError(f"--topology {topology!r}: {one_line(error)[:200]}") from error
 

@@ -46,6 +46,9 @@ class Chip:
 
     devices: int = 1
 
+    configuration: str = "default"
+    """Of libtpu's: how a chip's cores are seen. A v4's two are one device only if asked for."""
+
     def wraps(self, length: int) -> bool:
         """Whether so many chips in a row close to a ring.
 
@@ -85,7 +88,7 @@ ON_SPARSE_CORES = " ".join(
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9, ""),
+        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9, "", configuration="megacore"),
         Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9, BESIDE_PRODUCTS),
         Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, ON_SPARSE_CORES),
         Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 1.75e9, ON_SPARSE_CORES),

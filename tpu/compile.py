@@ -30,6 +30,7 @@ os.environ |= {
 }
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,10 @@ def main() -> None:
     options.check()
     experiment, description = load_config(path, Experiment)
     experiment = override(experiment, others, prog=f"tpu/compile.py {path}", description=description)
+    words = ["uv", "run", "--extra", "tpu", "tpu/compile.py", path, "--topology", options.topology, *others]
+    command = shlex.join([*words, *(["--step", options.step] if options.step != "train" else [])])
     if options.sweep:
-        results = sweep(
+        layouts = sweep(
             experiment,
             options.axes,
             path=path,
@@ -106,10 +109,11 @@ def main() -> None:
             step=options.step,
             overrides=others,
         )
+        results = {"command": f"{command} --sweep --axes {' '.join(options.axes)}", "layouts": layouts}
     else:
         analysis, program = analyse(experiment, options.topology, options.step)
         print(page(analysis))
-        results = analysis.json()
+        results = {"command": command, **analysis.json()}
         if options.hlo:
             Path(options.hlo).write_text(program)
     if options.out:

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe.analysis.compute import account, by_component
 from moe.experiment import Experiment
-from moe.kernels.attention import block_length
+from moe.kernels.attention import block_length, splash_cuts
 from moe.mesh import spec
 from moe.nn import structure
 from moe.training.state import abstract_state
@@ -90,22 +90,25 @@ def recomputed(experiment: Experiment) -> float:
     """FLOPs a token of a train step beyond three times the forward pass.
 
     Whole layers that are computed again (`remat="full"`), but for the last product of a feed-forward that
-    every token enters: nothing of the backward pass reads its result. And attention's kernels, which take
-    blocks of pairs that lie partly ahead, and in the backward pass make the scores once again in each of two
-    kernels: seven products where four would do.
+    every token enters: nothing of the backward pass reads its result. And what attention computes beyond half
+    the square of pairs.
     """
     model, sequence = experiment.model, experiment.data.sequence_length
     parts = by_component(model, sequence)
-    again = 1.0 if model.remat == "full" else 0.0
-    total = again * sum(
+    again = 1 if model.remat == "full" else 0
+    layers = sum(
         part.forward_flops * (2 / 3 if name in ("dense", "shared experts") else 1.0)
         for name, part in parts.items()
-        if name not in ("embedding", "head", "attention")
+        if name not in ("embedding", "head")
     )
-    pairs = len(model.layers) * 2 * model.attention.heads * model.attention.head_width * sequence / 2
-    total += again * (parts["attention"].forward_flops - 2 * pairs)
-    whole_blocks = 1 + block_length(sequence) / sequence
-    return total + pairs * ((2 + 2 * again + 7) * whole_blocks - 6)
+    heads, width = model.attention.heads, model.attention.head_width
+    product = len(model.layers) * 2 * heads * width * sequence / 2  # one, of half the pairs of all layers
+    # Splash attention makes the scores again in each of its two backward kernels: seven products, not four.
+    # It leaves out blocks of pairs wholly ahead; XLA leaves out none.
+    splash = splash_cuts(sequence, width)
+    backward, share = (7, 1 + block_length(sequence) / sequence) if splash else (4, 2.0)
+    attention = product * ((2 + 2 * again + backward) * share - 6)
+    return again * (layers - 2 * product) + attention
 
 
 def device_bytes(shapes: Any) -> int:

@@ -107,14 +107,14 @@ def block_length(sequence: int) -> int:
     return next(size for size in range(LARGEST_BLOCK, 0, -LANES) if sequence % size == 0)
 
 
+def splash_cuts(sequence: int, width: int) -> bool:
+    """Whether splash attention can cut sequences and heads of such lengths."""
+    return sequence % LANES == 0 and width % LANES == 0
+
+
 def fits_splash(q: Float[Array, "B S H h"]) -> bool:
     """Whether the devices of the mesh are TPUs, and splash attention can cut such queries."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     _, sequence, _, width = q.shape
-    return (
-        device is not None
-        and device.platform == "tpu"
-        and q.dtype == jnp.bfloat16
-        and width % LANES == 0
-        and sequence % LANES == 0
-    )
+    is_tpu = device is not None and device.platform == "tpu"
+    return is_tpu and q.dtype == jnp.bfloat16 and splash_cuts(sequence, width)

@@ -9,7 +9,6 @@ import pytest
 
 from moe.errors import UserError
 from moe.experiment import Experiment, Train
-from moe.mesh import MeshConfig
 from moe.nn import MoEConfig, TransformerConfig
 from moe.routing import TopK
 from tpu.sweep import factorings, layouts, ranking
@@ -53,7 +52,7 @@ EXPERIMENT = Experiment(
 
 def test_layouts_are_those_that_model_and_batch_permit():
     found = layouts(EXPERIMENT, jax.devices()[:8], ("data", "expert"))
-    assert found == [MeshConfig(data=8 // expert, expert=expert) for expert in (4, 2, 1)]  # of 8, not 8
+    assert [(mesh.data, mesh.expert) for mesh in found] == [(2, 4), (4, 2), (8, 1)]  # 4 experts, not 8
 
 
 def test_a_sweep_of_an_axis_that_is_not_there_is_refused():

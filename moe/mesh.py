@@ -19,6 +19,7 @@ from math import prod
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -105,7 +106,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    # Not `jax.make_mesh`, which refuses to cut a side of a TPU's torus into two axes.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def spec(*logical: str | None) -> P:

@@ -84,7 +84,7 @@ def transpose_product(
 ) -> Float[Array, "E D F"]:
     """rows_e^T @ cotangent_e over the rows of each expert: the gradient of its matrix.
 
-    Summed in float32, and left so but by the kernels for GPUs, which round to the dtype of the rows.
+    Summed in float32. The kernels for GPUs and TPUs round to the dtype of the rows, the former return it.
     """
     if hopper.fits(groups, rows, cotangent):
         return hopper.weight_gradient(rows, cotangent, groups)[0]
@@ -129,6 +129,8 @@ def _transpose_ragged_dot(rows, cotangent, groups):
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    return jax.lax.ragged_dot_general(
-        rows, cotangent, groups.padded_sizes(), dimensions, preferred_element_type=jnp.float32
+    # The kernel sums in float32 whatever it writes; XLA would round what it writes wide in a pass of its own.
+    w_bar = jax.lax.ragged_dot_general(
+        rows, cotangent, groups.padded_sizes(), dimensions, preferred_element_type=rows.dtype
     )
+    return w_bar.astype(jnp.float32)  # as on other platforms; goes away where it is rounded again

@@ -104,7 +104,8 @@ class Attention(nnx.Module):
                 a + use(b, self.dtype, "heads") for a, b in ((q, self.b_q), (k, self.b_k), (v, self.b_v))
             )
         if self.config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Held apart from the products before them: that fusion is what libtpu of jax 0.11.2 dies of.
+            q, k = self.q_norm(jax.lax.optimization_barrier(q)), self.k_norm(jax.lax.optimization_barrier(k))
         q, k, v = (rearrange(a, "B S (H h) -> B S H h", h=self.config.head_width) for a in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)

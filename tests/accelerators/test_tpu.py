@@ -1,50 +1,89 @@
 """Ahead-of-time compilation for TPU, on any machine: `uv run --extra dev --extra tpu pytest -n 0 -m tpu`."""
 
 import importlib.util
-import os
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from moe.analysis.compute import account
+from moe.balance import LoadBalanceLoss
 from moe.experiment import Experiment, Train
-from moe.mesh import MeshConfig, make_mesh, spec
-from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, structure
+from moe.mesh import MeshConfig
+from moe.nn import AttentionConfig, MoEConfig, TransformerConfig
 from moe.routing import TopK
-from moe.training.state import abstract_state
-from moe.training.step import make_train_step
+from tpu.analyse import analyse
 
 pytestmark = [
     pytest.mark.tpu,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu (extra tpu)"),
 ]
 
+ROOT = Path(__file__).parents[2]
 
-def test_train_step_compiles_for_eight_chips_without_a_dense_expansion():
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    from jax.experimental import topologies
+MODEL = TransformerConfig(
+    vocab_size=1024,
+    width=512,
+    layers="DMM",
+    dense_width=1024,
+    attention=AttentionConfig(heads=4, kv_heads=2, head_width=128, qk_norm="full"),
+    moe=MoEConfig(
+        num_experts=32,
+        expert_width=512,
+        routing=TopK(k=2),
+        balance=(LoadBalanceLoss(0.01),),
+        shared_experts=1,
+    ),
+    remat="full",
+)
+EXPERIMENT = Experiment(model=MODEL, mesh=MeshConfig(expert=2), train=Train(batch_size=64, loss_chunks=2))
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    jax.set_mesh(make_mesh(MeshConfig(expert=2), topology.devices))
-    config = TransformerConfig(
-        vocab_size=1024,
-        width=512,
-        layers="M",
-        attention=AttentionConfig(heads=4, kv_heads=4, head_width=128),
-        moe=MoEConfig(num_experts=32, expert_width=512, routing=TopK(k=2)),
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """libtpu takes its flags once for all topologies, and those of one generation are refused by another."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
+def test_a_train_step_costs_what_the_model_does_and_keeps_experts_apart(topology):
+    analysis, _ = analyse(EXPERIMENT, topology, "train")
+    # A dense expansion, or an operation that every device repeats, would show here many times over.
+    assert analysis.flops["compiled"] == pytest.approx(analysis.flops["expected"], rel=0.03)
+    assert analysis.flops["experts"] > 0
+    assert analysis.flops["attention"] > 0
+    assert analysis.gathered_experts == ()
+    assert analysis.unknown_loops == 0
+    assert analysis.fits
+    axes = {axis for sent in analysis.collectives for axis in sent.axes.split("+")}
+    assert len(axes) > 1
+    assert "expert" in axes
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_loop_over_layers_costs_what_the_layers_do_one_by_one(remat):
+    looped, unrolled = (
+        analyse(replace(EXPERIMENT, model=replace(MODEL, remat=remat, unroll=unroll)), "v5e:2x4", "train")[0]
+        for unroll in (False, True)
     )
-    experiment = Experiment(model=config, train=Train(steps=10, batch_size=64))
-    graph, shapes = structure(config)
-    transformation = experiment.optimizer.build(shapes, 10)
-    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
-    tokens = jax.ShapeDtypeStruct((64, 257), jnp.int32, sharding=sharding)
-    slices = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=sharding)
-    step = make_train_step(graph, transformation)
-    state = abstract_state(config, transformation, average=False)
-    compiled = step.lower(state, jax.eval_shape(lambda: jax.random.key(0)), tokens, slices, 1).compile()
+    assert looped.flops["compiled"] == pytest.approx(unrolled.flops["compiled"], rel=0.01)
+    assert looped.flops["compiled"] == pytest.approx(looped.flops["expected"], rel=0.03)
 
-    flops = compiled.cost_analysis()["flops"]
-    ideal = account(config, 256).training_flops * 64 * 256 / 8
-    # Every expert over every token would cost about eight times as much as the routed ones.
-    assert 0.8 * ideal < flops < 2.5 * ideal
+
+def test_the_command_writes_what_it_found(tmp_path):
+    words = (
+        "--topology v6e:2x4 --model.layers M --model.width 512 --model.moe.num-experts 8 --train.batch-size 8"
+    )
+    fields = (
+        "--data.sequence-length 256 --model.moe.expert-width 256 --model.vocab-size 512 --train.loss-chunks 1"
+    )
+    command = [sys.executable, "tpu/compile.py", "configs/qwen3_30b_a3b.py", *words.split(), *fields.split()]
+    out = tmp_path / "found.json"
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(out.read_text())
+    assert "fits" in done.stdout
+    assert f"MFU {found['mfu_roofline']:.1%}" in done.stdout
+    assert found["compiled_over_expected"] == pytest.approx(1, abs=0.03)

@@ -1,15 +1,19 @@
-"""Causal attention: which implementation is taken where, and that cuDNN's can be compiled for a mesh.
+"""Causal attention: which implementation is taken where, that cuDNN's can be compiled for a mesh, and splash
+attention, simulated, against the plain one.
 
 What it computes is tested with the layer (tests/nn/test_attention.py), and on a GPU by tests/accelerators.
 """
 
 import re
+from functools import partial
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from moe.kernels import attention
 from moe.kernels.attention import causal_attention
 from moe.mesh import AXES, spec
 
@@ -67,3 +71,55 @@ def test_what_cudnn_does_not_take_is_left_to_xla(kind, fields, fused):
 
 def test_a_cpu_takes_xla(one_device):
     assert "dot_product_attention_fwd" not in str(traced().jaxpr)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x2"], indirect=True)
+def test_splash_attention_gives_what_the_plain_one_gives(mesh):
+    # Two blocks a side: one wholly behind, one wholly ahead, two on the diagonal.
+    rng = np.random.default_rng(0)
+    shapes = [(8, 256, heads, 128) for heads in (2, 1, 1)]
+    q, k, v = (jax.device_put(rng.normal(size=s).astype(np.float32), spec("batch")) for s in shapes)
+    y_bar = jax.device_put(rng.normal(size=shapes[0]).astype(np.float32), spec("batch"))
+
+    @jax.jit
+    def with_gradients(q, k, v, y_bar):
+        y, vjp = jax.vjp(causal_attention, q, k, v)
+        return y, *vjp(y_bar)
+
+    expected = with_gradients(q, k, v, y_bar)
+    simulated = partial(attention.splash, interpret=True)
+    with mock.patch.multiple(attention, fits_splash=lambda q: True, splash=simulated, LARGEST_BLOCK=128):
+        jax.clear_caches()
+        found = with_gradients(q, k, v, y_bar)
+    for value, other in zip(found, expected, strict=True):
+        assert value.sharding.spec[0] == AXES
+        np.testing.assert_allclose(value, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "splash"),
+    [
+        ({"width": 128}, True),
+        ({"width": 128, "sequence": 384}, True),
+        ({"width": 128, "sequence": 200}, False),
+        ({"width": 64}, False),
+        ({"width": 128, "dtype": "float32"}, False),
+    ],
+)
+def test_what_splash_attention_does_not_take_is_left_to_xla(fields, splash):
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.sharding.AbstractMesh((1, 1), AXES, axis_types=axes, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert ("splash_mha_dkv" in str(traced(**fields).jaxpr)) == splash
+
+
+def test_blocks_cut_a_sequence_whole():
+    assert [attention.block_length(s) for s in (128, 384, 1024, 1536, 4096, 32768)] == [
+        128,
+        384,
+        1024,
+        768,
+        1024,
+        1024,
+    ]

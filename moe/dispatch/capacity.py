@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Bool, Int
 
 from moe.dispatch.dispatch import Dispatch
 from moe.dispatch.plan import queues
@@ -39,10 +40,10 @@ class Capacity(Dispatch):
         self, routing: Routing, tokens_per_group: int, first_expert, local_experts: int, num_experts: int
     ) -> Plan:
         """See `Dispatch`."""
-        groups, assignments = routing.expert.shape
-        capacity = min(math.ceil(self.capacity_factor * assignments / num_experts), assignments)
+        groups, _ = routing.expert.shape
+        capacity = self._capacity(routing, num_experts)
 
-        rank = jax.vmap(lambda r: self._rank(r, num_experts))(routing)
+        rank = self._ranks(routing, num_experts)
         dropped = rank >= capacity
         expert = routing.expert - first_expert
         here = (expert >= 0) & (expert < local_experts)
@@ -56,6 +57,18 @@ class Capacity(Dispatch):
         return Plan.build(
             row.reshape(-1), token.reshape(-1), (here & dropped).reshape(-1), layout, rows, routing.per_token
         )
+
+    def dropped(self, routing: Routing, num_experts: int) -> Bool[Array, "groups A"]:
+        """See `Dispatch`."""
+        return self._ranks(routing, num_experts) >= self._capacity(routing, num_experts)
+
+    def _capacity(self, routing: Routing, num_experts: int) -> int:
+        assignments = routing.expert.shape[1]
+        return min(math.ceil(self.capacity_factor * assignments / num_experts), assignments)
+
+    def _ranks(self, routing: Routing, num_experts: int) -> Int[Array, "groups A"]:
+        """Place of each assignment in its expert's queue."""
+        return jax.vmap(lambda r: self._rank(r, num_experts))(routing)
 
     def _rank(self, routing: Routing, num_experts: int):
         """Place of each assignment in its expert's queue, for one group."""

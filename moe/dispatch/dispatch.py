@@ -1,6 +1,5 @@
 """The interface of dispatch, and the part all dispatches share: gather, experts, combine, across the mesh."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,23 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8
 
+from moe.dispatch.auto import Auto
+from moe.dispatch.exchange import Exchange, ExpertFunction, ExpertWeights, Work
+from moe.dispatch.gather import Gather
 from moe.errors import UserError
-from moe.kernels import Groups, Plan, assignment_rows, combine_rows, gather_rows
-from moe.mesh import axes, axis_index, axis_size, layouts, spec, varying
+from moe.kernels import Plan, assignment_rows, combine_rows, gather_rows
+from moe.mesh import axes, axis_size, layouts, spec, varying
 from moe.routing.assignment import Routing
 
-ExpertWeights = dict[str, Float[Array, "E ..."]]
-
-
-@dataclass(frozen=True)
-class ExpertFunction:
-    """What the experts compute, whatever brings them their tokens."""
-
-    of_rows: Callable[[ExpertWeights, Float[Array, "R D"], Groups], Float[Array, "R D"]]
-    """From rows grouped by expert to rows of output."""
-
-    of_tokens: Callable[[ExpertWeights, Float[Array, "T D"], Float[Array, "A"], Plan], Float[Array, "T D"]]
-    """From tokens, combine weights and a plan to each token's weighted sum, without keeping any rows."""
+TILE = 128  # rows of one matrix product of one expert
 
 
 class Dispatched(NamedTuple):
@@ -44,14 +35,17 @@ class Dispatched(NamedTuple):
 class Dispatch:
     """Brings tokens to their experts and back. A frozen dataclass, and thereby its own config.
 
-    A dispatch differs from another only in its `plan`. Over the `expert` mesh axis tokens are gathered, each
-    device computes its own experts for all of them, and the sums are scattered back; a device therefore
-    never needs another's experts, and no assignment is lost on the way.
+    A dispatch differs from another only in its `plan`, and in what it drops. Over the `expert` mesh axis its
+    `exchange` brings tokens to the devices that hold their experts; a device therefore never needs another's
+    experts, and no assignment is lost on the way.
     """
 
+    exchange: Exchange = field(default=Auto(), kw_only=True)
+    """How tokens travel along `expert`: Gather(), AllToAll(), RaggedAllToAll(), or Auto(), which chooses."""
+
     chunks: int = field(default=1, kw_only=True)
-    """Parts into which a device's groups of tokens are cut. Each is gathered, computed and scattered back by
-    itself, so that one part can travel along `expert` while another is computed."""
+    """Parts into which a device's tokens are cut. Each travels and is computed by itself, so that one part
+    can be on its way along `expert` while another is computed."""
 
     def __post_init__(self):
         if self.chunks < 1:
@@ -70,6 +64,20 @@ class Dispatch:
             num_experts: E, all that the assignments are spread over.
         """
         raise NotImplementedError
+
+    def dropped(self, routing: Routing, num_experts: int) -> Bool[Array, "groups A"]:
+        """Which assignments find no room, whatever devices their experts are on.
+
+        Args:
+            routing: fields [groups, A].
+            num_experts: E, all that the assignments are spread over.
+        """
+        return jnp.zeros_like(routing.expert, bool)
+
+    @property
+    def row_tile(self) -> int:
+        """Rows in which experts' groups are padded where rows are sorted by expert."""
+        return TILE
 
     def __call__(
         self,
@@ -99,24 +107,12 @@ class Dispatch:
 
         def on_one_device(x, assignments, weights):
             x, assignments, weights = varying((x, assignments, weights), axes("group") + axes("mlp"))
-            local_experts = next(iter(weights.values())).shape[0]
-            first = first_expert + axis_index("expert") * local_experts
-            known = num_experts or local_experts * axis_size("expert")
-
-            def there_and_back(x, assignments):
-                split = axis_size("expert")
-                if split > 1:
-                    x, assignments = jax.lax.all_gather((x, assignments), "expert", axis=0, tiled=True)
-                local_routing = Routing(*assignments, scores=None, per_token=routing.per_token)
-                back = self.compute(
-                    x, local_routing, weights, experts, first, known, keep_outputs=keep_outputs
-                )
-                if split > 1:
-                    back = jax.lax.psum_scatter(back, "expert", scatter_dimension=0, tiled=True)
-                return back
-
-            parts = [there_and_back(*chunk) for chunk in self._cut((x, assignments), len(x))]
-            y, lost, outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+            split, local_experts = axis_size("expert"), next(iter(weights.values())).shape[0]
+            known = num_experts or local_experts * split
+            work = Work(self, experts, first_expert, known, keep_outputs)
+            here = Routing(*assignments, scores=None, per_token=routing.per_token)
+            exchange = self.exchange if split > 1 else Gather()
+            y, lost, outputs = exchange(work, x, here, weights)
             # Each device along `tensor` has multiplied with some of the hidden units.
             if parts_of := axes("mlp"):
                 y, outputs = jax.lax.psum((y, outputs), parts_of)
@@ -163,13 +159,3 @@ class Dispatch:
         else:
             y, outputs = experts.of_tokens(weights, flat, combine_weight, plan), None
         return y.reshape(x.shape), plan.dropped.reshape(groups, -1).astype("int8"), outputs
-
-    def _cut(self, arrays, groups: int) -> list:
-        """The chunks of arrays [groups, ...]."""
-        if groups % self.chunks:
-            raise UserError(
-                f"model.moe.dispatch.chunks={self.chunks} does not divide the {groups} groups of tokens of a "
-                "device; choose a divisor"
-            )
-        size = groups // self.chunks
-        return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], arrays) for i in range(self.chunks)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from moe.dispatch.dispatch import Dispatch
 from moe.errors import UserError
@@ -21,6 +21,7 @@ class OneHot(Dispatch):
     A group's dispatch tensor [T, E, C] is 1 where a token has place c of expert e, its combine tensor holds
     the weight there; tokens go to their places and back by einsum. Both cost T * E * C numbers and D times
     as many multiplications, which grows with the square of T: it is here to read and to compare with.
+    An exchange other than `Gather` takes the choice of places from it, and moves tokens in its own way.
     """
 
     capacity_factor: float = 1.25
@@ -35,11 +36,7 @@ class OneHot(Dispatch):
         """See `Dispatch`."""
         groups, tokens, width = x.shape
         local_experts = next(iter(weights.values())).shape[0]
-        assignments = routing.expert.shape[1]
-        capacity = min(math.ceil(self.capacity_factor * assignments / num_experts), assignments)
-
-        chosen = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.int32)
-        position = self._position(chosen, routing.per_token)
+        capacity, chosen, position = self._places(routing, num_experts)
         chosen, position = (
             jax.lax.dynamic_slice_in_dim(a, first_expert, local_experts, axis=2) for a in (chosen, position)
         )
@@ -58,6 +55,18 @@ class OneHot(Dispatch):
         y = jnp.einsum("gtec,egcd->gtd", combine, out)
         outputs = jnp.einsum("gaec,egcd->gad", place, out) if keep_outputs else None
         return y, jnp.sum(chosen * (position >= capacity), axis=2).astype("int8"), outputs
+
+    def dropped(self, routing: Routing, num_experts: int) -> Bool[Array, "groups A"]:
+        """See `Dispatch`."""
+        capacity, chosen, position = self._places(routing, num_experts)
+        return jnp.any((chosen > 0) & (position >= capacity), axis=2)
+
+    def _places(self, routing: Routing, num_experts: int):
+        """The capacity, and of each assignment [groups, A, E] its expert and its position in the queue."""
+        assignments = routing.expert.shape[1]
+        capacity = min(math.ceil(self.capacity_factor * assignments / num_experts), assignments)
+        chosen = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.int32)
+        return capacity, chosen, self._position(chosen, routing.per_token)
 
     def _position(self, chosen: Int[Array, "groups A E"], per_token: int | None):
         """How many before it in its group's queue go to the same expert; first choices come first."""

@@ -1,7 +1,9 @@
-"""Each assignment's place in the queue of its expert."""
+"""Each assignment's place in the queue of its expert, and rows sorted by expert."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from moe.kernels import Groups, Plan, rows_needed
 
 BLOCK = 32  # assignments compared with each other: as many as the CPU's vectors take at once
 
@@ -25,3 +27,32 @@ def queues(expert: Int[Array, "A"], num_experts: int) -> tuple[Int[Array, "A"], 
     earlier = jnp.arange(BLOCK)[:, None] < jnp.arange(BLOCK)
     within = jnp.sum((blocks[:, :, None] == blocks[:, None, :]) & earlier, axis=1, dtype=jnp.int32)
     return (before + within).reshape(-1)[: expert.shape[0]], until[-1]
+
+
+def by_expert(
+    expert: Int[Array, "A"],
+    token: Int[Array, "A"],
+    num_experts: int,
+    tile: int,
+    per_token: int | None,
+    *,
+    most: int | None = None,
+) -> Plan:
+    """Rows sorted by expert, as many for each as it has assignments (MegaBlocks 2211.15841).
+
+    Args:
+        expert: of each assignment; one that is not among the first `num_experts` has no row.
+        token: of each assignment.
+        num_experts: E.
+        tile: rows in which experts' groups are padded.
+        per_token: see `Plan`.
+        most: assignments that have a row, at most; None for all.
+    """
+    here = (expert >= 0) & (expert < num_experts)
+    expert = jnp.where(here, expert, num_experts)
+    rank, sizes = queues(expert, num_experts)
+    layout = Groups(sizes, tile)
+    rows = rows_needed(expert.shape[0] if most is None else most, num_experts, tile)
+    start = layout.starts().at[expert].get(mode="fill", fill_value=0)
+    row = jnp.where(here, start + rank, rows)
+    return Plan.build(row, token, jnp.zeros_like(here), layout, rows, per_token)

@@ -59,6 +59,7 @@ class MoEConfig:
         if self.num_experts < 1:
             raise UserError(f"model.moe.num_experts={self.num_experts} must be at least 1")
         self.routing.check(self.num_choices)
+        self.dispatch.exchange.check(keep_outputs=self.needs_outputs)
         self._check_shape()
         self._check_router()
         self._check_balance()

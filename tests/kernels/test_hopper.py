@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from moe.dispatch import Dropless
+from moe.dispatch import AllToAll, Dropless, Gather
 from moe.kernels import Groups, hopper, rows_needed
 from moe.kernels.hopper import target
 from moe.mesh import logical_rules, spec
@@ -82,7 +82,8 @@ def test_kernels_lower_for_cuda_and_give_the_shapes_of_their_reference(call, wid
 WIDTH, HIDDEN, SEQUENCE, BATCH = 384, 128, 16, 16
 LAYERS = {
     "top-k": MoEConfig(8, HIDDEN, TopK(k=2), dispatch=Dropless(tile=128)),
-    "chunks": MoEConfig(8, HIDDEN, TopK(k=2), dispatch=Dropless(tile=64, chunks=2)),
+    "chunks": MoEConfig(8, HIDDEN, TopK(k=2), dispatch=Dropless(tile=64, exchange=Gather(), chunks=2)),
+    "all to all": MoEConfig(8, HIDDEN, TopK(k=2), dispatch=Dropless(exchange=AllToAll(64.0), chunks=2)),
     "expert choice": MoEConfig(8, HIDDEN, ExpertChoice(), dispatch=Dropless(tile=128)),
 }
 
@@ -117,7 +118,7 @@ def on_hopper(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("top-k", "1x1"), ("chunks", "2x4"), ("expert choice", "8x1")],
+    [("top-k", "1x1"), ("chunks", "2x4"), ("all to all", "2x4"), ("expert choice", "8x1")],
     indirect=["mesh"],
 )
 def test_a_layer_and_its_gradients_lower_on_a_mesh(mesh, on_hopper, name):

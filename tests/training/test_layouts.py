@@ -6,14 +6,24 @@ that one compiled step for a layout serves all of them, at sizes where its gradi
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tiny_step import BATCH, SEQUENCE, Layout, arrays_named, assert_same, initial_values, outcome, with_moe
+from tiny_step import (
+    BATCH,
+    SEQUENCE,
+    Layout,
+    arrays_named,
+    assert_same,
+    distance,
+    initial_values,
+    outcome,
+    with_moe,
+)
 
 import moe.balance
 import moe.routing
@@ -27,16 +37,18 @@ from moe.balance import (
     PIDBias,
     load_fraction,
 )
-from moe.dispatch import Capacity
+from moe.checkpoint import Checkpoints, CheckpointStore
+from moe.dispatch import AllToAll, Capacity, Gather, OneHot, RaggedAllToAll
 from moe.errors import UserError
+from moe.nn import structure
 from moe.nn.free_experts import FreeExperts
+from moe.optim import AdamW
 from moe.routing import Strategy, TopK
+from moe.training.state import abstract_state, initial_state
 
 LAYOUTS = [
-    Layout("1x2", accumulation=4),
-    Layout("8x1", remat="dots"),
-    Layout("data", accumulation=4),
-    Layout("all", remat="full", accumulation=2, chunks=2),
+    Layout("data", remat="dots", accumulation=4, exchange=AllToAll()),
+    Layout("all", remat="full", accumulation=2, chunks=2, exchange=RaggedAllToAll(0.3)),
     Layout("4x2", remat="full", accumulation=4, chunks=4),
 ]
 ONE_LAYOUT = LAYOUTS[-1]
@@ -108,13 +120,16 @@ class Dialled(BalanceLoss):
     """A loss times its dial."""
 
     needs_router_matrix: ClassVar[bool] = True
-    needs_outputs: ClassVar[bool] = True
 
     index: int
 
     @property
     def loss(self):
         return LOSSES[self.index]
+
+    @property
+    def needs_outputs(self):
+        return self.loss.needs_outputs
 
     @property
     def requires(self):
@@ -157,7 +172,10 @@ class Together(Controller):
 
 @cache
 def config_of(index):
-    """A model with the loss of this number, and with all others that the same strategy can serve."""
+    """A model with the loss of this number, and with all others that the same strategy can serve.
+
+    Losses that read experts' outputs, which not every exchange brings back, have a model of their own.
+    """
     strategies = [Learning(), *public(moe.routing, Strategy)]
 
     def layer(strategy, losses):
@@ -176,7 +194,11 @@ def config_of(index):
     assert strategy, f"no public strategy goes together with {LOSSES[index]}"
     earlier = strategies[: strategies.index(strategy)]
     members = [
-        i for i in range(len(LOSSES)) if serves(strategy, i) and not any(serves(s, i) for s in earlier)
+        i
+        for i in range(len(LOSSES))
+        if serves(strategy, i)
+        and not any(serves(s, i) for s in earlier)
+        and LOSSES[i].needs_outputs == LOSSES[index].needs_outputs
     ]
     return with_moe(**layer(strategy, members))
 
@@ -184,10 +206,6 @@ def config_of(index):
 def dialled(index, layout, dial, key=0):
     dials = dial * np.eye(len(LOSSES), dtype=np.float32)[index]
     return outcome(config_of(index), layout, key=key, dial=dials)
-
-
-def distance(a, b):
-    return float(optax.tree.norm(jax.tree.map(lambda a, b: a.astype(np.float64) - b, a, b)))
 
 
 @cache
@@ -204,7 +222,7 @@ def weighty(index):
 def cases():
     """Every loss on every layout, or on one where its strategy, and thereby the compiled step, is its own."""
     for index, loss in enumerate(LOSSES):
-        shared = isinstance(config_of(index).moe.routing, Learning)
+        shared = isinstance(config_of(index).moe.routing, Learning) and not loss.needs_outputs
         for layout in LAYOUTS if shared else [ONE_LAYOUT]:
             yield pytest.param(index, layout, id=f"{loss}-{layout.mesh}")
 
@@ -246,9 +264,43 @@ def test_randomness_takes_part_in_the_tests_above():
         assert np.any(outcomes[0].metrics["load"] != outcomes[1].metrics["load"])
 
 
-def test_capacity_and_free_experts_do_not_follow_the_layout():
-    config = with_moe(balance=(PIDBias(),), dispatch=Capacity(0.75), free_experts=FreeExperts(copy=2))
+@pytest.mark.parametrize(
+    ("dispatch", "layout"),
+    [
+        (Capacity(0.75), Layout("sequence", exchange=AllToAll(0.5))),
+        (Capacity(0.75), Layout("tensor", accumulation=2, exchange=Gather())),
+        (OneHot(0.75), Layout("1x8", exchange=RaggedAllToAll())),
+    ],
+    ids=str,
+)
+def test_what_is_dropped_does_not_follow_the_layout(dispatch, layout):
+    config = with_moe(
+        balance=(PIDBias(),),
+        dispatch=dispatch,
+        free_experts=FreeExperts(copy=2),
+        tokens_per_group=SEQUENCE // 2,
+    )
     expected = outcome(config, Layout())
     assert expected.metrics["dropped_fraction"].min() > 0.01
     assert expected.metrics["experts_per_token"].max() < 2
-    assert_same(outcome(config, ONE_LAYOUT), expected)
+    assert_same(outcome(config, layout), expected)
+
+
+def test_a_state_moves_to_any_mesh_bit_by_bit(tmp_path):
+    """And back: a run goes on with the very parameters it was saved with."""
+    config, optimizer = with_moe(balance=(LossFreeBias(),), tokens_per_group=SEQUENCE // 2), AdamW()
+    with Layout().set():
+        transformation = optimizer.build(structure(config)[1], 10)
+    saved, meshes = None, ["4x2", "all", "1x1", "data", "1x8"]
+    for number, (here, there) in enumerate(pairwise(meshes)):
+        with Layout(here).set(), CheckpointStore(tmp_path / str(number), Checkpoints()) as store:
+            if saved is None:
+                state = initial_state(config, transformation, seed=3, average=True)
+                saved = jax.device_get(state)
+            store.save(1, state, {}, wait=True)
+        with Layout(there).set(), CheckpointStore(tmp_path / str(number), Checkpoints()) as store:
+            restored = store.restore(abstract_state(config, transformation, average=True))
+            assert restored
+            state = restored.state
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), saved)
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params)) == (there != "1x1")

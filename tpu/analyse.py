@@ -176,11 +176,11 @@ def _compile(lowered: Lowered) -> jax.stages.Compiled:
     try:
         return lowered.program.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
-        if used is None:
+        sizes = re.findall(r"(?:Used |of |\()([\d.]+[MGT])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
         raise DoesNotFitError(
-            f"does not fit: needs {used[1]} {used[2]}iB of a device's {used[3]} {used[4]}iB; "
+            f"does not fit: needs {sizes[0]}iB of a device's {sizes[1]}iB; "
             "raise train.accumulation, or take another mesh or more chips"
         ) from error
 

@@ -1,6 +1,7 @@
 """The collectives of a compiled program: which, over which mesh axes, how many bytes."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def gathered(module: Module, mesh: Mesh, axis: str, *dims: int) -> list[str]:
     found = []
     for where in module.computations.values():
         for i in where.instructions.values():
-            whole = any(set(dims) <= set(shape.dims) for shape in i.shapes)
+            whole = any(Counter(dims) <= Counter(shape.dims) for shape in i.shapes)
             if whole and _kind(i) == "all-gather" and axis in mesh.varying(_first_group(i, mesh)):
                 found.append(i.name)
     return found

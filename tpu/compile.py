@@ -58,7 +58,7 @@ class Options:
     sweep: bool = False
     """Every mesh that the config permits."""
 
-    axes: tuple[str, ...] = ("data", "expert")
+    axes: tuple[str, ...] = ("fsdp", "expert")
     """Mesh axes that a sweep tries; the others stay as they are."""
 
     out: str = ""

@@ -1,5 +1,6 @@
 """What each operation of a compiled program costs: FLOPs of products, HBM bytes, the compiler's cycles."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,11 +161,12 @@ def _pairs_flops(where: Computation, instruction: Instruction) -> float:
     """One product of a causal attention kernel: all pairs of blocks but those wholly ahead."""
     shapes = where.operand_shapes(instruction)
     mask = next(s for s in shapes if s.dtype == "s8")  # one element for each pair of blocks
-    batch, heads, sequence, width = next(s for s in shapes if len(s.dims) == 4).dims
+    # The queries come first; a batch of one is no dimension.
+    *batch, heads, sequence, width = next(s for s in shapes if s.dtype == "bf16").dims
     *_, queries, keys = mask.dims
     block_q, block_k = sequence // queries, sequence // keys
     seen = np.arange(keys) * block_k < (np.arange(queries)[:, None] + 1) * block_q
-    return 2.0 * batch * heads * width * int(seen.sum()) * block_q * block_k
+    return 2.0 * math.prod(batch) * heads * width * int(seen.sum()) * block_q * block_k
 
 
 def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:

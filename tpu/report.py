@@ -1,6 +1,6 @@
 """An analysis as text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tpu.analyse import Analysis
 from tpu.chips import GIB
@@ -8,7 +8,7 @@ from tpu.chips import GIB
 
 def page(a: Analysis) -> str:
     """What `tpu/compile.py` prints of one program."""
-    shape = " x ".join(f"{name} {length}" for name, length in a.mesh.items())
+    shape = layout(a.mesh)
     free = a.hbm - sum(a.memory.values())
     verdict = (
         f"fits, {free / GIB:.1f} GiB free" if a.fits else f"does not fit: {-free / GIB:.1f} GiB too much"
@@ -66,6 +66,11 @@ def page(a: Analysis) -> str:
     if a.unknown_loops:
         lines.append(f"note: {a.unknown_loops} loops run an unknown number of times and count once")
     return "\n".join(lines)
+
+
+def layout(mesh: Mapping[str, int]) -> str:
+    """The axes along which there are several devices."""
+    return " x ".join(f"{name} {length}" for name, length in mesh.items() if length > 1) or "one device"
 
 
 def beside(concurrent: bool) -> str:

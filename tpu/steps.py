@@ -123,7 +123,7 @@ def balanced_rows(experiment: Experiment, lowered: Lowered, mesh: jax.sharding.M
     if not experiment.model.moe_layers:
         return 0.0
     # Devices along `expert` bring their tokens together, those along `tensor` hold the same ones.
-    split, same = mesh.shape["expert"], mesh.shape.get("tensor", 1)
+    split, same = mesh.shape["expert"], mesh.shape["tensor"]
     gathered = lowered.passes_tokens / mesh.size * split * same
     of_expert = gathered * moe.experts_per_token(experiment.data.sequence_length) / moe.num_experts
     tile = getattr(moe.dispatch, "tile", 1)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from tpu.analyse import describe
 from tpu.chips import GIB
-from tpu.report import table
+from tpu.report import layout, table
 
 COMMAND = Path(__file__).with_name("compile.py")
 
@@ -81,7 +81,7 @@ def sweep(
         )
     results = []
     for number, mesh in enumerate(found, 1):
-        print(f"{number} of {len(found)}  {shape(mesh)}", file=sys.stderr, flush=True)
+        print(f"{number} of {len(found)}  {layout(asdict(mesh))}", file=sys.stderr, flush=True)
         results.append(_one(path, topology, step, mesh, overrides))
     results.sort(key=lambda r: (not r.get("fits"), -r.get("mfu_compiler", 0.0)))
     print("\n".join(ranking(results)))
@@ -95,7 +95,7 @@ def ranking(results: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each layout, best first."""
     rows = [("mesh", "MFU compiler", "MFU roofline", "bound", "GiB", "sent GB", "FLOPs", "")]
     for r in results:
-        name = " x ".join(f"{axis} {length}" for axis, length in r["mesh"].items())
+        name = layout(r["mesh"])
         if "error" in r:
             rows.append((name, "-", "-", "-", "-", "-", "-", r["error"]))
             continue
@@ -114,13 +114,8 @@ def ranking(results: Sequence[dict[str, Any]]) -> list[str]:
     return table(rows)
 
 
-def shape(mesh: MeshConfig) -> str:
-    """The axes and their lengths."""
-    return " x ".join(f"{field.name} {getattr(mesh, field.name)}" for field in fields(mesh))
-
-
 def _one(path: str, topology: str, step: str, mesh: MeshConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    axes = {field.name: getattr(mesh, field.name) for field in fields(mesh)}
+    axes = asdict(mesh)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "analysis.json"
         words = [f"--mesh.{name}={length}" for name, length in axes.items()]

@@ -6,10 +6,12 @@ A prediction is what `tpu/compile.py ... --out docs/results/tpu/NAME.json` wrote
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from tpu.chips import CHIPS, GIB
+from tpu.report import layout
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "tpu.md", ROOT / "docs" / "results" / "tpu"
@@ -34,16 +36,13 @@ def main() -> None:
 
 def row(k: dict[str, Any]) -> str:
     """One prediction."""
-    mesh = " x ".join(f"{name} {length}" for name, length in k["mesh"].items() if length > 1)
-    devices = 1
-    for length in k["mesh"].values():
-        devices *= length
+    devices = math.prod(k["mesh"].values())
     chips = devices / CHIPS[k["topology"].partition(":")[0]].devices
     times = k["times"]
     cells = (
         k["config"],
         k["topology"],
-        mesh,
+        layout(k["mesh"]),
         f"{k['tokens'] / devices:,.0f}",
         f"{sum(k['memory'].values()) / GIB:.1f} of {k['hbm'] / GIB:.0f}",
         f"{k['compiled_over_expected'] - 1:+.1%}",

@@ -264,9 +264,10 @@ class Transformer(nnx.Module):
             return nnx.merge(structure, state)(x, tokens, mask, keys, index)
 
         if self.config.remat != "none":
-            # In a loop nothing can be shared between the passes anyway, and the barriers cost something.
-            policy, unroll = REMAT_POLICIES[self.config.remat], self.config.unroll
-            body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+            # In a loop nothing can be shared between the passes anyway, and the barriers cost something. One
+            # layer makes no loop: XLA would share what was to be computed again.
+            policy, alone = REMAT_POLICIES[self.config.remat], self.config.unroll or count == 1
+            body = jax.checkpoint(body, policy=policy, prevent_cse=alone)
         x, statistics = jax.lax.scan(body, x, (layers, moe_layers), unroll=self.config.unroll)
         # [units, M layers a unit, B, ...] -> [layers, B, ...]
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), statistics)

@@ -96,18 +96,20 @@ def test_a_weight_gradient_costs_as_much_as_the_product():
     assert op.flops == 2 * 65536 * 2048 * 1024
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("kernel", "products"), [("fwd_residuals", 2), ("dkv_no_residuals", 4), ("dq_no_residuals", 3)]
 )
-def test_attention_leaves_out_the_blocks_ahead(kernel, products):
+def test_attention_leaves_out_the_blocks_ahead(kernel, products, batch):
+    q = "bf16[2,16,4096,128]" if batch == 2 else "bf16[16,4096,128]"
+    name = f"splash_mha_{kernel}.1"
     op = found(
         "%mask = s8[1,4,4]{2,1,0} parameter(0)",
-        "%q = bf16[2,16,4096,128]{3,2,1,0} parameter(1)",
-        f"%splash_mha_{kernel}.1 = bf16[2,16,4096,128]{{3,2,1,0}} custom-call(%mask, %q, %q, %q), "
-        'custom_call_target="tpu_custom_call"',
-    )[f"splash_mha_{kernel}.1"]
+        f"%q = {q}{{2,1,0}} parameter(1)",
+        f'%{name} = {q}{{2,1,0}} custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"',
+    )[name]
     assert op.kind == "attention"
-    assert op.flops == products * 2 * 2 * 16 * 128 * 10 * 1024**2
+    assert op.flops == products * 2 * batch * 16 * 128 * 10 * 1024**2
 
 
 SLICED = """%fused (p.0: f32[64,1024], p.1: s32[]) -> f32[1,1024] {

@@ -12,6 +12,8 @@ from subprocess import Popen
 import pytest
 from workshop import ROOT, TINY, Workshop, assert_same_run, fingerprint, opened
 
+from moe.errors import UNFINISHED
+
 ABLATION = str(Path(__file__).with_name("tiny_ablation.py"))
 TITLES = ["top-2/seed0", "top-1/seed0", "top-2/seed1", "top-1/seed1"]
 
@@ -149,7 +151,6 @@ CHANGED = """
 from dataclasses import replace
 from end_to_end.tiny_ablation import config as sweep
 from moe.ablation import Axis
-from moe.errors import UNFINISHED
 config = replace(sweep, {changes})
 """
 

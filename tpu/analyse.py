@@ -77,7 +77,7 @@ class Analysis:
     """Instructions that gather the matrices of all experts along `expert`: there should be none."""
 
     unknown_loops: int
-    """Loops whose number of runs is not in the program; they count once."""
+    """Loops whose number of runs is not in the program; they count nothing."""
 
     compile_seconds: float
     flags: str

@@ -120,7 +120,7 @@ def _along(module: Module, by_name: dict[str, Operation], links, core) -> tuple[
 
 def _inner(module: Module, computation: Computation, i: Instruction) -> list[tuple[Computation, int]]:
     if i.opcode == "while":
-        return [(module.body(i), module.trip_count(computation, i) or 1)]
+        return [(module.body(i), module.trip_count(computation, i) or 0)]
     if i.opcode == "call":
         return [(module.computations[name], 1) for name in i.called]
     if i.opcode == "conditional":

@@ -173,9 +173,11 @@ class Module:
         return [(c, i) for c, i in everywhere if i.opcode == "while"]
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Each instruction that does something, with the number of its runs; an unknown loop counts once.
+        """Each instruction that does something, with the number of its runs.
 
-        Fusions are one instruction. Of a conditional, all branches count.
+        Fusions are one instruction. Of a conditional, all branches count. A loop whose number of runs shows
+        only while running does not: ours send what found no room in an exchange's first rounds, and under
+        even use all does.
         """
         yield from self._executed(self.computations[self.entry], 1)
 
@@ -183,7 +185,7 @@ class Module:
         for instruction in computation.instructions.values():
             match instruction.opcode:
                 case "while":
-                    trips = self.trip_count(computation, instruction) or 1
+                    trips = self.trip_count(computation, instruction) or 0
                     yield from self._executed(self.body(instruction), times * trips)
                 case "call":
                     for name in instruction.called:

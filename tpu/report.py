@@ -64,7 +64,7 @@ def page(a: Analysis) -> str:
     if a.gathered_experts:
         lines.append(f"note: every device gathers all experts: {', '.join(a.gathered_experts)}")
     if a.unknown_loops:
-        lines.append(f"note: {a.unknown_loops} loops run an unknown number of times and count once")
+        lines.append(f"note: {a.unknown_loops} loops run only if loads are uneven; they count nothing")
     return "\n".join(lines)
 
 

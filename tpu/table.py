@@ -44,7 +44,8 @@ def row(k: dict[str, Any]) -> str:
         k["topology"],
         layout(k["mesh"]),
         f"{k['tokens'] / devices:,.0f}",
-        f"{sum(k['memory'].values()) / GIB:.1f} of {k['hbm'] / GIB:.0f}",
+        f"{sum(k['memory'].values()) / GIB:.1f} of {k['hbm'] / GIB:.0f}"
+        + ("" if k["fits"] else ": too much"),
         f"{k['compiled_over_expected'] - 1:+.1%}",
         f"{sum(sent['bytes'] for sent in k['collectives']) / 1e9:.1f}",
         k["bound"],

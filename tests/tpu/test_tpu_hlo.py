@@ -63,6 +63,7 @@ def test_a_loop_without_a_constant_end_is_unknown():
     main = module.computations["main"]
     assert module.trip_count(main, main.instructions["while.3"]) is None
     assert [i.name for _, i in module.loops()] == ["while.3"]
+    assert "y" not in {i.name for _, i, times in module.executed() if times}
 
 
 def test_an_instruction_is_read_whole():

@@ -4,10 +4,12 @@
     uv run eval.py runs/quickstart --checkpoint best --tokens 50000
     uv run eval.py runs/quickstart --routing
     uv run eval.py runs/quickstart --trace trace.npz
+    uv run eval.py configs/qwen3_30b_a3b.py --compute --hardware h100,v5e --price h100=2.5
 
 Prints tables, and writes report/eval.json and TensorBoard scalars into the run directory; with --routing
-report/routing.html, its numbers and its pictures; with --trace a file of who went where. On several machines
-it is the same command on each of them: docs/clusters.md.
+report/routing.html, its numbers and its pictures; with --trace a file of who went where; with --compute, for
+a run or a config, what it costs on chips that need not be here (docs/compute.md). On several machines it is
+the same command on each of them: docs/clusters.md.
 """
 
 import errno
@@ -37,6 +39,7 @@ from moe.routing.trace import write_trace
 from moe.seal import find_damage
 from moe.training import report
 from moe.training.evaluate import evaluate
+from moe.training.prediction import predict_cost
 from moe.training.record import (
     Batch,
     check_recordable,
@@ -72,6 +75,10 @@ class Options:
     routing: bool = False
     """Analyse the routing, and how it came about over the checkpoints that the run keeps."""
 
+    compute: bool = False
+    """Predict FLOPs, bytes, memory, time and cost instead, of a run or of a config that was never trained.
+    Takes options of its own: eval.py RUN --compute --help."""
+
     trace: str = ""
     """File (.npz) for who went where, which Replay("FILE") routes by; see moe/routing/trace.py."""
 
@@ -100,6 +107,9 @@ def main() -> None:
     """Read the command line, measure, tell."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise UserError("give a run directory first, for example: uv run eval.py runs/quickstart")
+    if "--compute" in sys.argv[2:]:
+        predict_cost(sys.argv[1], sys.argv[2:])
+        return
     directory = Path(sys.argv[1])
     options = override(Options(), sys.argv[2:], prog=f"eval.py {directory}", description=__doc__ or "")
     with joined():

@@ -1,20 +1,20 @@
 """What TPUs can do, by their makers' public figures, and how long a collective takes on their torus.
 
-Sources: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links: the
-bidirectional bandwidth of a chip there, over its ports and two directions (v4: 50 GB/s a link, 2304.01433
-table 4). Clock: peak / (2 x multiply-adds that the matrix units make in a cycle): four units of 128 x 128 a
-core, from v6e on of 256 x 256 (jax-ml.github.io/scaling-book/tpus). Die to die: a TPU7x chip's two devices,
-six times a link (docs.cloud.google.com/tpu/docs/tpu7x).
+Peak, memory and its bandwidth: `moe.analysis.hardware`. Sources of the rest: the "System architecture" tables
+of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links: the bidirectional bandwidth of a chip there,
+over its ports and two directions (v4: 50 GB/s a link, 2304.01433 table 4). Clock: peak / (2 x multiply-adds
+that the matrix units make in a cycle): four units of 128 x 128 a core, from v6e on of 256 x 256
+(jax-ml.github.io/scaling-book/tpus). Die to die: a TPU7x chip's two devices, six times a link
+(docs.cloud.google.com/tpu/docs/tpu7x).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moe.analysis.hardware import HARDWARE
 from moe.errors import UserError
 from tpu.collectives import Collective
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,21 @@ ON_SPARSE_CORES = " ".join(
     )
 )
 
+
+def _chip(name: str, link_bandwidth: float, dimensions: int, clock: float, flags: str, **rest) -> Chip:
+    h = HARDWARE[name]
+    known = (name, h.device_kind, h.peak_flops, h.memory, h.bandwidth)
+    return Chip(*known, link_bandwidth, dimensions, clock, flags, devices=h.devices, **rest)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1228e9, 50e9, 3, 1.05e9, "", configuration="megacore"),
-        Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 1.5e9, BESIDE_PRODUCTS),
-        Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 1.75e9, ON_SPARSE_CORES),
-        Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 1.75e9, ON_SPARSE_CORES),
-        Chip("tpu7x", "TPU7x", 2307e12, 192 * GIB, 7380e9, 100e9, 3, 2.2e9, ON_SPARSE_CORES, devices=2),
+        _chip("v4", 50e9, 3, 1.05e9, "", configuration="megacore"),
+        _chip("v5e", 50e9, 2, 1.5e9, BESIDE_PRODUCTS),
+        _chip("v5p", 100e9, 3, 1.75e9, ON_SPARSE_CORES),
+        _chip("v6e", 100e9, 2, 1.75e9, ON_SPARSE_CORES),
+        _chip("tpu7x", 100e9, 3, 2.2e9, ON_SPARSE_CORES),
     )
 }
 DIE_TO_DIE = 6  # times a link

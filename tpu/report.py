@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from moe.analysis.hardware import GIB
 from tpu.analyse import Analysis
-from tpu.chips import GIB
 
 
 def page(a: Analysis) -> str:

@@ -10,11 +10,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moe.analysis.hardware import GIB
 from moe.errors import UserError
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from tpu.analyse import describe
-from tpu.chips import GIB
 from tpu.report import layout, table
 
 COMMAND = Path(__file__).with_name("compile.py")

@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tpu.chips import CHIPS, GIB
+from moe.analysis.hardware import GIB
+from tpu.chips import CHIPS
 from tpu.report import layout
 
 ROOT = Path(__file__).parent.parent

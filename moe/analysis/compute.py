@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe.analysis.hardware import data_sheet_peak
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import TransformerConfig, build
 from moe.nn.pattern import repeats
@@ -93,10 +94,10 @@ def by_component(config: TransformerConfig, sequence_length: int) -> dict[str, C
         looked_up = path == ("embedding",) and not config.tied_embedding
         flops = 0 if looked_up or "norm" in axes else 2 * size
         part = Compute(size, size * use.active, flops * use.forward, 3 * flops * use.training)
-        found[_component(path)] = found.get(_component(path), NOTHING) + part
+        found[component(path)] = found.get(component(path), NOTHING) + part
     for path, variable in nnx.to_flat_state(frozen):
         flops = 2 * math.prod(variable.shape) * _use(config, path, sequence_length).forward
-        found[_component(path)] = found.get(_component(path), NOTHING) + Compute(0, 0.0, flops, 2 * flops)
+        found[component(path)] = found.get(component(path), NOTHING) + Compute(0, 0.0, flops, 2 * flops)
 
     # q k^T and its product with v: those of a sequence's tokens that enter a layer, with half of them each.
     entering = [_entering(config, kind, sequence_length) for kind in config.layers]
@@ -135,38 +136,9 @@ def _entering(config: TransformerConfig, kind: str, sequence_length: int) -> int
     return config.depth_tokens(sequence_length) if kind.islower() else sequence_length
 
 
-def _component(path: tuple) -> str:
+def component(path: tuple) -> str:
+    """The component that a parameter counts under, by its path in the model."""
     return next((COMPONENTS[str(part)] for part in path if part in COMPONENTS), str(path[-1]))
-
-
-# Dense bf16 peaks from the makers' data sheets, FLOP/s for one JAX device, by the start of `device_kind`; the
-# first that fits counts. NVIDIA prints most with 2:4 sparsity, twice the dense figure. A TPU7x chip is two
-# JAX devices, a chip of every other TPU here one (cloud.google.com/tpu/docs, a page for each generation).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA B300": 2250e12,
-    "NVIDIA GB300": 2500e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-}
-
-
-def data_sheet_peak(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a kind of device, None where the table does not have it."""
-    return next((peak for start, peak in PEAK_FLOPS.items() if device_kind.startswith(start)), None)
 
 
 def device_peak(dtype: jnp.dtype) -> float:

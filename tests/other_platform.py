@@ -3,6 +3,7 @@
 from unittest import mock
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 
 def traced_as(platform: str):
@@ -12,3 +13,9 @@ def traced_as(platform: str):
         return by_platform.get(platform, default)(*operands)
 
     return mock.patch.object(jax.lax, "platform_dependent", choose)
+
+
+def traced_for(card: str):
+    """Context for tracing and lowering as if this GPU were here."""
+    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))

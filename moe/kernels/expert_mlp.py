@@ -66,10 +66,14 @@ def _forward(rows, w_gate, w_up, w_down, groups):
 
 
 def _backward(saved, y_bar):
-    rows_bar, *w_bars = jax.lax.platform_dependent(
-        *saved, y_bar, cpu=_backward_fused, cuda=_backward_composed, tpu=_backward_composed
-    )
-    return rows_bar, *(w_bar.astype(w.dtype) for w_bar, w in zip(w_bars, saved[1:4], strict=True)), None
+    def rounded(backward):  # here, since the sums of some platforms are wide and of others are not
+        def all_four(*inputs):
+            return tuple(bar.astype(x.dtype) for bar, x in zip(backward(*inputs), inputs[:4], strict=True))
+
+        return all_four
+
+    fused, composed = rounded(_backward_fused), rounded(_backward_composed)
+    return *jax.lax.platform_dependent(*saved, y_bar, cpu=fused, cuda=composed, tpu=composed), None
 
 
 _expert_mlp.defvjp(_forward, _backward)

@@ -52,15 +52,17 @@ def make(group_sizes, depth, width, dtype, seed):
 
 def distance(x, reference) -> float:
     """||x - reference|| / ||reference||; NaN never passes."""
-    x = np.asarray(x.astype(jnp.float32), np.float64)
     return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
 
 
 def check(group_sizes, depth, width, dtype, seed, tolerance, precision=None):
     arrays, places, end = make(group_sizes, depth, width, dtype, seed)
     poison()
-    y, rows_bar, w_bar = all_three(*arrays, np.array(group_sizes, np.int32), precision)
-    rows, w, cotangent = (np.asarray(a.astype(jnp.float32), np.float64) for a in arrays)
+    results = all_three(*arrays, np.array(group_sizes, np.int32), precision)
+    # On the host, where a slice of every length needs no program of its own.
+    rows, w, cotangent, y, rows_bar, w_bar = (
+        np.asarray(a.astype(jnp.float32), np.float64) for a in (*arrays, *results)
+    )
     for e, mine in enumerate(places):
         if group_sizes[e] == 0:
             assert not w_bar[e].any()
@@ -70,7 +72,7 @@ def check(group_sizes, depth, width, dtype, seed, tolerance, precision=None):
         assert distance(w_bar[e], rows[mine].T @ cotangent[mine]) < tolerance
     assert not y[end:].any()
     assert not rows_bar[end:].any()
-    assert jnp.isfinite(y).all()
+    assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize(("depth", "width"), WIDTHS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from other_platform import traced_as
+from other_platform import traced_as, traced_for
 
 from moe.kernels import Groups, expert_mlp, rows_needed
 
@@ -84,3 +84,24 @@ def test_gradients_of_half_precision_are_summed_in_float32():
     assert y.dtype == w_down_bar.dtype == jnp.bfloat16
     hidden = naive.silu(2.0) * 2.0
     np.testing.assert_allclose(w_down_bar.astype(np.float32), 2048 * hidden, rtol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(
+    ("card", "width", "kernels"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 256, "grouped_transpose_product"),
+        ("NVIDIA H100 80GB HBM3", 64, "grouped_transpose_product"),
+        ("NVIDIA H100 80GB HBM3", 256, "mosaic_gpu"),
+        ("Tesla V100-SXM2-16GB", 256, "while"),
+    ],
+)
+def test_gradients_lower_for_cards_that_are_not_here(card, width, kernels):
+    def value(rows, *w):
+        return expert_mlp(rows, *w[:3], Groups(w[3], 128)).astype(jnp.float32).sum()
+
+    shapes = [(1024, width), *[(EXPERTS, width, width)] * 3]
+    arrays = [*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes), jax.ShapeDtypeStruct((3,), jnp.int32)]
+    with traced_for(card):
+        gradients = jax.jit(jax.grad(value, argnums=(0, 1, 2, 3))).trace(*arrays)
+        assert kernels in gradients.lower(lowering_platforms=("cuda",)).as_text()

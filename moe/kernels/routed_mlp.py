@@ -1,6 +1,7 @@
 """Tokens through their experts and summed by combine weight, as one operation: gather, SwiGLU, combine.
 
-Hopper   the gather is part of the products, SwiGLU and its derivative are in their epilogues
+Hopper   the gather is part of the products unless experts are wide, SwiGLU and its derivative are in
+         their epilogues
 other    `gather_rows`, `expert_mlp`, `combine_rows`
 """
 
@@ -43,8 +44,8 @@ def _on_hopper(x, w_gate, w_up, w_down, combine_weight, plan):
 
 
 def _products(x, w_gate, w_up, w_down, combine_weight, plan, *, keep):
-    token = plan.row_token(padding=0)
-    hidden, h = hopper.swiglu_product(x, w_gate, w_up, plan.groups, token=token, keep=keep)
+    rows, token = _by_row(x, plan, w_down)
+    hidden, h = hopper.swiglu_product(rows, w_gate, w_up, plan.groups, token=token, keep=keep)
     rows = hopper.product(hidden, w_down, plan.groups)
     return sum_by_token(rows, plan, x.shape[0], combine_weight), h
 
@@ -56,15 +57,23 @@ def _forward(x, w_gate, w_up, w_down, combine_weight, plan):
 
 def _backward(saved, y_bar):
     x, w_gate, w_up, w_down, combine_weight, plan, h = saved
-    groups, token, weight = plan.groups, plan.row_token(padding=0), plan.row_weight(combine_weight)
-    h_bar, weighted, weight_bar = hopper.swiglu_backward(
-        y_bar, w_down, h, weight.astype(jnp.float32), groups, token=token
-    )
-    (w_down_bar,) = hopper.weight_gradient(weighted, y_bar, groups, y_token=token)
-    w_gate_bar, w_up_bar = hopper.weight_gradient(x, h_bar, groups, matrices=2, x_token=token)
+    groups, weight = plan.groups, plan.row_weight(combine_weight).astype(jnp.float32)
+    rows_bar, token = _by_row(y_bar, plan, w_down)
+    h_bar, weighted, weight_bar = hopper.swiglu_backward(rows_bar, w_down, h, weight, groups, token=token)
+    (w_down_bar,) = hopper.weight_gradient(weighted, rows_bar, groups, y_token=token)
+    rows, token = _by_row(x, plan, w_down)
+    w_gate_bar, w_up_bar = hopper.weight_gradient(rows, h_bar, groups, matrices=2, x_token=token)
     x_bar = sum_by_token(hopper.inward_transposed(h_bar, w_gate, w_up, groups), plan, x.shape[0])
     combine_weight_bar = plan.from_rows(weight_bar).astype(combine_weight.dtype)
     return x_bar, w_gate_bar, w_up_bar, w_down_bar, combine_weight_bar, None
+
+
+def _by_row(x, plan, w_down):
+    """The rows of x, or x and the token of each row where the kernels' loads are to gather them."""
+    token = plan.row_token(padding=0)
+    if hopper.gathers_first(w_down.shape[1]):
+        return x.at[token].get(mode="promise_in_bounds"), None
+    return x, token
 
 
 _on_hopper.defvjp(_forward, _backward)

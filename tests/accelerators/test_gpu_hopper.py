@@ -23,6 +23,7 @@ from routed import plan_of
 from moe.dispatch import Dropless
 from moe.kernels import hopper, routed_mlp, rows_needed
 from moe.kernels.hopper import Tiles
+from moe.kernels.hopper.gather import WIDE
 from moe.kernels.hopper.target import present
 from moe.mesh import MeshConfig, logical_rules, make_mesh, spec
 from moe.nn import MoEConfig, MoELayer
@@ -59,6 +60,7 @@ CASES = {
     "odd widths, float16": Case(9, 4096, 3, width=640, hidden=384, dtype="float16"),
     "rows by 64": Case(16, 2048, 4, width=384, hidden=384, tile=64),
     "rows by 64, float16": Case(16, 2048, 4, width=512, hidden=128, tile=64, dtype="float16"),
+    "wide experts": Case(3, 1024, 2, width=256, hidden=WIDE),
     "many experts": Case(512, 1024, 8, width=256, hidden=128),
     "other tiles": Case(12, 4096, 3, width=640, hidden=384, other_tiles=True),
 }
@@ -72,8 +74,10 @@ OTHER_TILES = {
     "weight_gradient, gathered columns": Tiles(128, 256, stages=3, strip=2),
 }
 UNTUNED = {"xla_gpu_autotune_level": 0}  # the references' products are XLA's, and tuning them takes minutes
-# Largest error, relative to the number and its row's root mean square: of one rounding, and of a whole layer.
+# Largest error, relative to the number and its row's root mean square: of one rounding, of two (where tiles
+# are too small for a fused `swiglu_backward`), and of a whole layer.
 ONE_ROUNDING = {"bfloat16": 6e-3, "float16": 1e-3}
+TWO_ROUNDINGS = {"bfloat16": 1.2e-2, "float16": 2e-3}
 SEVERAL_ROUNDINGS = {"bfloat16": 6e-2, "float16": 8e-3}
 
 
@@ -236,7 +240,7 @@ def test_kernels(name, seed, skew, dropped):
     for _ in range(2):
         poison()
         runs.append(programs(name)["kernels"](inputs))
-    assert_close(case, runs[0], expected, ONE_ROUNDING)
+    assert_close(case, runs[0], expected, ONE_ROUNDING if case.tile == 128 else TWO_ROUNDINGS)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, *runs)), "two runs differ"
 
 

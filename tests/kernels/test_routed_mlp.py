@@ -23,13 +23,17 @@ NAMES = ("w_gate", "w_up", "w_down")
 
 @contextmanager
 def computed_as(path):
-    """On another platform; "hopper" takes the Hopper path, each kernel replaced by what it computes."""
-    if path != "hopper":
+    """On another platform; "hopper" takes the Hopper path, each kernel replaced by what it computes.
+
+    "hopper, wide" does so as for wide experts.
+    """
+    if not path.startswith("hopper"):
         with traced_as(path):
             yield
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "fits", lambda *_: True)
+        patch.setattr(hopper, "gathers_first", lambda _: path == "hopper, wide")
         for kernel in (
             "product",
             "swiglu_product",
@@ -66,7 +70,7 @@ def everything_to(expert, per_token):
     return np.repeat(np.arange(TOKENS), PER_TOKEN), np.full(ASSIGNMENTS, expert), per_token
 
 
-@pytest.mark.parametrize("path", ["cpu", "cuda", "tpu", "hopper"])
+@pytest.mark.parametrize("path", ["cpu", "cuda", "tpu", "hopper", "hopper, wide"])
 @given(routing=routings(), seed=st.integers(0, 2**16))
 @example(routing=everything_to(2, per_token=PER_TOKEN), seed=0)
 @example(routing=everything_to(EXPERTS - 1, per_token=None), seed=0)

@@ -1,5 +1,6 @@
 """Kernels for Hopper GPUs (H100, H200), in Pallas Mosaic GPU."""
 
+from moe.kernels.hopper.gather import gathers_first
 from moe.kernels.hopper.pipeline import Tiles
 from moe.kernels.hopper.row_products import inward_transposed, product, swiglu_backward, swiglu_product
 from moe.kernels.hopper.target import fits
@@ -8,6 +9,7 @@ from moe.kernels.hopper.weight_gradient import weight_gradient
 __all__ = [
     "Tiles",
     "fits",
+    "gathers_first",
     "inward_transposed",
     "product",
     "swiglu_backward",

@@ -83,28 +83,35 @@ class Work:
 def works(shape: LayerShape, tile: int) -> list[Work]:
     """All that a step of a layer of this shape calls."""
     d, f = shape.width, shape.hidden
+    first = hopper.gathers_first(f)
+    of_columns = "weight_gradient" if first else "weight_gradient, gathered columns"
     once = 2 * shape.tokens * shape.per_token * d * f
 
     def work(kernel, depth, width, products, run):
         return Work(Case(kernel, depth, width, shape.experts, tile), products * once, run)
 
+    def by_row(a):
+        return (a["rows"], None) if first else (a["x"], a["token"])
+
     def swiglu_product(a, tiles):
-        inward = (a["w_gate"], a["w_up"], a["groups"])
-        return hopper.swiglu_product(a["x"], *inward, token=a["token"], tiles=tiles)
+        x, token = by_row(a)
+        return hopper.swiglu_product(x, a["w_gate"], a["w_up"], a["groups"], token=token, tiles=tiles)
 
     def swiglu_backward(a, tiles):
-        inputs = (a["x"], a["w_down"], a["h"], a["weight"], a["groups"])
-        return hopper.swiglu_backward(*inputs, token=a["token"], tiles=tiles)
+        y_bar, token = by_row(a)
+        inputs = (a["w_down"], a["h"], a["weight"], a["groups"])
+        return hopper.swiglu_backward(y_bar, *inputs, token=token, tiles=tiles)
 
     def inward_transposed(a, tiles):
         return hopper.inward_transposed(a["h"], a["w_gate"], a["w_up"], a["groups"], tiles=tiles)
 
     def inward_gradient(a, tiles):
-        rows = (a["x"], a["h"], a["groups"])
-        return hopper.weight_gradient(*rows, matrices=2, x_token=a["token"], tiles=tiles)
+        x, token = by_row(a)
+        return hopper.weight_gradient(x, a["h"], a["groups"], matrices=2, x_token=token, tiles=tiles)
 
     def down_gradient(a, tiles):
-        return hopper.weight_gradient(a["hidden"], a["x"], a["groups"], y_token=a["token"], tiles=tiles)
+        y_bar, token = by_row(a)
+        return hopper.weight_gradient(a["hidden"], y_bar, a["groups"], y_token=token, tiles=tiles)
 
     return [
         work("swiglu_product", d, f, 2, swiglu_product),
@@ -113,7 +120,7 @@ def works(shape: LayerShape, tile: int) -> list[Work]:
         work("swiglu_backward", d, f, 1, swiglu_backward),
         work("inward_transposed", 2 * f, d, 2, inward_transposed),
         work("weight_gradient", d, f, 2, inward_gradient),
-        work("weight_gradient, gathered columns", f, d, 1, down_gradient),
+        work(of_columns, f, d, 1, down_gradient),
     ]
 
 

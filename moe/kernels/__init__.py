@@ -9,6 +9,7 @@ from moe.kernels.linear_float32 import linear_float32
 from moe.kernels.merge import from_groups, merge, split, to_groups
 from moe.kernels.permute import Plan, assignment_rows, combine_rows, gather_rows
 from moe.kernels.routed_mlp import routed_mlp
+from moe.kernels.touched_mlp import touched_mlp
 
 __all__ = [
     "Groups",
@@ -25,6 +26,10 @@ __all__ = [
     "merge",
     "routed_mlp",
     "rows_needed",
+<<<<<<< HEAD
     "split",
     "to_groups",
+=======
+    "touched_mlp",
+>>>>>>> b042b0c (generate.py: prefill and decode over static caches, sampling, continuous batching)
 ]

@@ -31,7 +31,7 @@ class Made:
     """Whether the last of them is one of its stop tokens."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A request that waits for a slot or is in one."""
 
@@ -168,6 +168,7 @@ class Engine:
             device, place_there = divmod(slot, per_device)
             rows[device], place[device] = running, place_there
             prompts[device, : len(running.request.prompt)] = running.request.prompt
+            self._released[slot] = False  # the prompt takes the place of what was cancelled
         sequences = Sequences.of([running and running.request for running in rows])
         self._state, tokens = self._programs.prefill(self._leaves, self._state, prompts, place, sequences)
         return _Launched(rows, tokens)

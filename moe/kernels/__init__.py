@@ -26,10 +26,7 @@ __all__ = [
     "merge",
     "routed_mlp",
     "rows_needed",
-<<<<<<< HEAD
     "split",
     "to_groups",
-=======
     "touched_mlp",
->>>>>>> b042b0c (generate.py: prefill and decode over static caches, sampling, continuous batching)
 ]

@@ -117,11 +117,12 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refusals(workshop: Workshop, run: Path, why: str):
     files = {
-        **{"empty.txt": "", "one.txt": "a\n", "broken.jsonl": "{\n", "nameless.jsonl": "{}\n"},
-        **{
-            "typed.jsonl": '{"prompt": "a", "seed": "b"}\n',
-            "hot.jsonl": '{"prompt": "a", "temperature": -1}\n',
-        },
+        "empty.txt": "",
+        "one.txt": "a\n",
+        "broken.jsonl": "{\n",
+        "nameless.jsonl": "{}\n",
+        "typed.jsonl": '{"prompt": "a", "seed": "b"}\n',
+        "hot.jsonl": '{"prompt": "a", "temperature": -1}\n',
     }
     for name, text in files.items():
         (workshop.folder / name).write_text(text)

@@ -9,14 +9,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from moe.mesh import BATCH
+from moe.mesh import spec
 from moe.nn import AttentionConfig
 
 CacheType = Literal["float32", "bfloat16", "int8"]
-SLOTS = P(BATCH)
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +61,7 @@ class LayerCache:
             dtype: in which they are stored.
         """
         nothing = jnp.zeros((slots, length, config.kv_heads, config.head_width))
-        heads = jax.sharding.reshard(Heads.of(nothing, dtype), SLOTS)
+        heads = jax.sharding.reshard(Heads.of(nothing, dtype), spec("batch"))
         return LayerCache(heads, jax.tree.map(jnp.copy, heads))
 
     def insert(
@@ -76,7 +74,7 @@ class LayerCache:
             k: keys.
             v: values.
         """
-        return jax.shard_map(_insert, in_specs=SLOTS, out_specs=SLOTS)(self, slot, k, v)
+        return jax.shard_map(_insert, in_specs=spec("batch"), out_specs=spec("batch"))(self, slot, k, v)
 
     def attend(
         self,
@@ -96,7 +94,8 @@ class LayerCache:
         Returns:
             What it finds, softmax(q k^T / sqrt(h)) v, and the cache with it.
         """
-        return jax.shard_map(_attend, in_specs=SLOTS, out_specs=SLOTS)(self, position, q, k, v)
+        attend = jax.shard_map(_attend, in_specs=spec("batch"), out_specs=spec("batch"))
+        return attend(self, position, q, k, v)
 
 
 def _insert(cache: LayerCache, slot, k, v) -> LayerCache:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from moe.decode.model import Decoder
 from moe.decode.request import Request
 from moe.decode.slots import NONE, Programs, Sequences, Slots
 from moe.errors import UserError
+from moe.mesh import BATCH, axis_size
 
 SMALLEST_BUCKET = 16  # tokens
 
@@ -79,7 +81,7 @@ class Engine:
         cache: CacheType,
         steps: int = 1,
     ):
-        self._devices = jax.sharding.get_mesh().size
+        self._devices = prod(axis_size(name) for name in BATCH)
         if slots < 1 or slots % self._devices:
             raise UserError(f"slots={slots} must be a positive multiple of the {self._devices} devices")
         self._length, self._steps = length, steps

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from moe.errors import UserError
-from moe.mesh import BATCH
+from moe.mesh import spec
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def sample(
         vocabulary: tokens that the tokenizer knows; entries of the model behind them are never drawn.
     """
     on_one_device = partial(_sample, vocabulary=vocabulary)
-    return jax.shard_map(on_one_device, in_specs=P(BATCH), out_specs=P(BATCH))(logits, rows, number)
+    return jax.shard_map(on_one_device, in_specs=spec("batch"), out_specs=spec("batch"))(logits, rows, number)
 
 
 def _sample(logits, rows: SamplingRows, number, *, vocabulary: int):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from moe.decode.cache import SLOTS, CacheType, LayerCache
+from moe.decode.cache import CacheType, LayerCache
 from moe.decode.model import Caches, Decoder
 from moe.decode.request import MOST_STOPS, Request
 from moe.decode.sampling import Sampling, SamplingRows, sample
@@ -161,4 +161,5 @@ def _put(into: Sequences, slot: Int[Array, "R"], rows: Sequences) -> Sequences:
     def on_one_device(into, slot, rows):
         return jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), into, rows)
 
-    return jax.shard_map(on_one_device, in_specs=SLOTS, out_specs=SLOTS)(into, slot, rows)
+    put = jax.shard_map(on_one_device, in_specs=spec("batch"), out_specs=spec("batch"))
+    return put(into, slot, rows)

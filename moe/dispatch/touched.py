@@ -1,12 +1,14 @@
 """Dispatch for decoding: few tokens, no gradients, and no expert is read that nobody goes to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
 from moe.dispatch.dispatch import Dispatch
 from moe.dispatch.dropless import Dropless
+from moe.dispatch.exchange import Exchange
+from moe.dispatch.gather import Gather
 from moe.kernels.touched_mlp import on_cpu, tile_for
 from moe.routing.assignment import Routing
 
@@ -14,6 +16,9 @@ from moe.routing.assignment import Routing
 @dataclass(frozen=True)
 class Touched(Dispatch):
     """Every assignment is computed, as under `Dropless`; there is no gradient."""
+
+    exchange: Exchange = field(default=Gather(), kw_only=True)
+    """Packing few tokens costs more than sending all of them."""
 
     def compute(self, x, routing: Routing, weights, experts, first_expert, num_experts, *, keep_outputs):
         """See `Dispatch`."""

@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(one):
 def test_eight_devices_share_the_slots(one, shape):
     model, _ = one
     asked = requests(temperature=0.0)
-    with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=shape[0], expert=shape[1]))):
         _, decoder = built(CONFIG)
         assert_greedy(model, asked, engine(decoder, slots=8).generate(asked))
 

@@ -55,6 +55,13 @@ class Drawing(Sampling):
     ignore_end: bool = False
     """Go on behind the end of a text, into the next one."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if "" in self.stop:
+            raise UserError(f"stop={self.stop} must not hold an empty string, which every text does")
+
 
 @dataclass(frozen=True)
 class Options(Drawing):
@@ -130,7 +137,6 @@ def main() -> None:
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
         tasks.append(Task(prompt, tuple(tokens) or (end_of_text,), drawing))
     length = options.length or max(len(task.tokens) + task.drawing.max_new_tokens for task in tasks)
-    tell_notes(experiment, length)
 
     restored = restore(directory, experiment, options.checkpoint)
     engine = Engine(
@@ -143,15 +149,14 @@ def main() -> None:
     )
     del restored
     numbers = [engine.submit(request(task, end_of_text)) for task in tasks]
-    pieces = generate(engine, tokenizer, dict(zip(numbers, tasks, strict=True)))
-    if options.prompts:
-        with opened(options.out) as file:
+    with opened(options.out) as file:
+        tell_notes(experiment, length)
+        pieces = generate(engine, tokenizer, dict(zip(numbers, tasks, strict=True)))
+        if options.prompts:
             write(file, tasks, pieces)
-    else:
-        print(options.prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece.text, end="", flush=True)
-        print()
+        else:
+            for text in (tasks[0].prompt, *(piece.text for piece in pieces), "\n"):
+                print(text, end="", flush=True)
 
 
 def request(task: Task, end_of_text: int) -> Request:
@@ -187,10 +192,10 @@ def generate(engine: Engine, tokenizer: tokenizers.Tokenizer, tasks: dict[int, T
             yield Piece(made.request, text + stream.rest(), "end of text" if made.stopped else "length")
         else:
             yield Piece(made.request, text, None)
+    rate = f", then {(count - 1) / (time.perf_counter() - first):,.0f} tokens/s" if count > 1 else ""
     print(
         f"{sum(len(task.tokens) for task in tasks.values()):,} tokens read, {count:,} made; compiled in "
-        f"{compiled - began:.1f} s, first token after {1000 * (first - compiled):.0f} ms, then "
-        f"{(count - 1) / (time.perf_counter() - first):,.0f} tokens/s",
+        f"{compiled - began:.1f} s, first token after {1000 * (first - compiled):.0f} ms{rate}",
         file=sys.stderr,
     )
 
@@ -246,10 +251,10 @@ def read_prompts(options: Options) -> list[tuple[str, Drawing]]:
         return [(options.prompt, drawing)]
     path = Path(options.prompts)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read ({one_line(error)})") from error
-    if not lines:
+    if lines == [""]:
         raise UserError(f"--prompts {path} is empty; give a prompt a line")
     prompts = []
     for number, line in enumerate(lines):
@@ -287,7 +292,9 @@ def read_tokenizer(experiment: Experiment) -> tuple[tokenizers.Tokenizer, int]:
         tokenizer = data.tokenizer.build(())
     tokenizer.encode_special_tokens = True  # as in training: a text that spells out <|endoftext|> goes on
     experiment.check_vocabulary(vocabulary_size(tokenizer))
-    return tokenizer, tokenizer.token_to_id(data.tokenizer.end_of_text)
+    end_of_text = tokenizer.token_to_id(data.tokenizer.end_of_text)
+    assert end_of_text is not None, "a tokenizer without it is refused when it is built"
+    return tokenizer, end_of_text
 
 
 def tell_notes(experiment: Experiment, length: int) -> None:

@@ -22,10 +22,16 @@ class TextStream:
         """Whether a stop string has come."""
         self._tokenizer, self._stop, self._held = tokenizer, stop, ""
         self._decode = DecodeStream(ids=list(prompt), skip_special_tokens=False)
+        self._unfinished: list[int] = []  # tokens of which no text has come yet
 
     def push(self, token: int) -> str:
         """The text that is certain now."""
-        self._held += self._decode.step(self._tokenizer, token) or ""
+        text = self._decode.step(self._tokenizer, token)
+        if text is None:
+            self._unfinished.append(token)
+            return ""
+        self._unfinished.clear()
+        self._held += text
         found = [at for string in self._stop if (at := self._held.find(string)) >= 0]
         if found:
             self.stopped = True
@@ -37,8 +43,10 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """What was held back for a stop string that did not come."""
-        text, self._held = self._held, ""
+        """What was held back when no more comes; a character cut short becomes U+FFFD."""
+        text = self._held + self._tokenizer.decode(self._unfinished, skip_special_tokens=False)
+        self._held = ""
+        self._unfinished.clear()
         return text
 
 

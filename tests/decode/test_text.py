@@ -27,6 +27,18 @@ def test_the_parts_are_the_text(text, tokenizer):
     assert "".join(streamed(text, tokenizer, prompt="Once ")[0]) == text
 
 
+@given(st.sampled_from(["bytes", "bpe"]), st.text(st.characters(codec="utf-8"), max_size=4), st.data())
+def test_the_parts_of_any_tokens_are_what_they_decode_to(tokenizer, prompt, data):
+    build = TOKENIZER[tokenizer]
+    tokens = data.draw(st.lists(st.integers(0, build.get_vocab_size() - 1), max_size=12))
+    before = build.encode(prompt).ids
+    stream = TextStream(build, before)
+    text = "".join(stream.push(token) for token in tokens) + stream.rest()
+    assert build.decode(before, skip_special_tokens=False) + text == build.decode(
+        before + tokens, skip_special_tokens=False
+    )
+
+
 def test_a_character_comes_when_it_is_whole():
     parts, _ = streamed("aé語", "bytes")
     assert parts == ["a", "", "é", "", "", "語", ""]

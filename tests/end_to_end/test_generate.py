@@ -27,6 +27,11 @@ def generate(workshop: Workshop, *arguments: str, devices: int = 1):
     return workshop.run("generate.py", "runs/tiny", *arguments, devices=devices)
 
 
+def answers(lines: str) -> list[dict]:
+    """Objects, a line each; a text may hold what else str.splitlines takes for the end of a line."""
+    return [json.loads(line) for line in lines.removesuffix("\n").split("\n")]
+
+
 def greedy(run: Path, prompt: str, most: int) -> str:
     """By the whole forward pass, token after token, with the moving average of the parameters."""
     experiment, state = read_experiment(run), checkpoint(run, 8).state
@@ -59,15 +64,14 @@ def test_a_file_of_prompts_on_one_device_and_on_eight(workshop: Workshop, run: P
     (workshop.folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     command = ("--prompts", "prompts.txt", "--max-new-tokens", "12", "--cache", "float32")
     ended = generate(workshop, *command, "--temperature", "0")
-    lines = [json.loads(line) for line in ended.out.splitlines()]
+    lines = answers(ended.out)
     assert [line["prompt"] for line in lines] == prompts
     for line in lines[:3]:
         assert line["prompt"] + line["text"] == greedy(run, line["prompt"], 12)
     for devices, expert in ((8, "1"), (8, "4")):
         arguments = (*command, "--temperature", "0", "--expert", expert, "--out", "on_eight.jsonl")
         assert generate(workshop, *arguments, devices=devices).out == ""
-        written = (workshop.folder / "on_eight.jsonl").read_text(encoding="utf-8")
-        assert [json.loads(line) for line in written.splitlines()] == lines
+        assert answers((workshop.folder / "on_eight.jsonl").read_text(encoding="utf-8")) == lines
 
 
 def test_lines_of_json_say_how_to_draw(workshop: Workshop, run: Path):
@@ -82,12 +86,12 @@ def test_lines_of_json_say_how_to_draw(workshop: Workshop, run: Path):
     ]
     (workshop.folder / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     ended = generate(workshop, "--prompts", "asked.jsonl", "--max-new-tokens", "12", "--slots", "2")
-    all_, stopped, short, first, again, other = (json.loads(line)["text"] for line in ended.out.splitlines())
+    all_, stopped, short, first, again, other = (line["text"] for line in answers(ended.out))
     assert all_ == whole
     assert stopped == whole[: whole.index(whole[5:7])]
     assert short == whole[:3]
     assert first == again != other
-    ends = [json.loads(line)["ended"] for line in ended.out.splitlines()]
+    ends = [line["ended"] for line in answers(ended.out)]
     assert ends[:3] == ["length", "stop string", "length"]
 
 
@@ -101,6 +105,8 @@ REFUSED = {
     "no prompt in a line": (("runs/tiny", "--prompts", "nameless.jsonl"), 'must be an object with "prompt"'),
     "a mistyped option": (("runs/tiny", "--prompts", "typed.jsonl"), "typed.jsonl:1: seed: expected int"),
     "a bad option": (("runs/tiny", "--prompts", "hot.jsonl"), "hot.jsonl:1: temperature=-1.0 must"),
+    "nothing to make": (("runs/tiny", "--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens=0 must"),
+    "a stop string in all": (("runs/tiny", "--prompts", "stop.jsonl"), "stop.jsonl:1: stop=('',) must not"),
     "a prompt too long": (("runs/tiny", "--prompt", "abcdef", "--length", "5"), "longer than the cache of 5"),
     "no temperature": (("runs/tiny", "--prompt", "a", "--temperature", "-1"), "temperature=-1.0 must be at"),
     "no checkpoint": (("runs/tiny", "--prompt", "a", "--checkpoint", "3"), "no checkpoint 3"),
@@ -123,6 +129,7 @@ def test_refusals(workshop: Workshop, run: Path, why: str):
         "nameless.jsonl": "{}\n",
         "typed.jsonl": '{"prompt": "a", "seed": "b"}\n',
         "hot.jsonl": '{"prompt": "a", "temperature": -1}\n',
+        "stop.jsonl": '{"prompt": "a", "stop": [""]}\n',
     }
     for name, text in files.items():
         (workshop.folder / name).write_text(text)

@@ -73,7 +73,8 @@ def test_a_dispatch_sums_them_by_combine_weight(mesh, per_token, tokens):
         routing = Routing(token, expert, weight, None, per_token)
         return Touched()(x, routing, split, SWIGLU_EXPERTS, num_experts=E, keep_outputs=True)
 
-    y, dropped, outputs = run(x, token, expert, weight, w_gate, w_up, w_down)
+    arrays = run(x, token, expert, weight, w_gate, w_up, w_down)
+    y, dropped, outputs = map(np.asarray, arrays)
     for group in range(groups):
         each = by_loop(x[group], *matrices, token[group], expert[group])
         np.testing.assert_allclose(outputs[group], each, rtol=1e-5, atol=1e-6)

@@ -48,8 +48,9 @@ from moe.training.record import (
     training_rows,
     validation_rows,
 )
+from moe.training.restore import restore
 from moe.training.run_directory import read_experiment
-from moe.training.state import TrainState, abstract_evaluated
+from moe.training.state import TrainState
 from moe.training.step import make_eval_step
 
 
@@ -230,29 +231,6 @@ def recorded(run: Run, step, state: TrainState, batches: Iterator[Batch]) -> rou
         num_experts=run.experiment.model.moe.num_choices,
         slices=run.dataset.slices,
     )
-
-
-def restore(directory: Path, experiment: Experiment, which: str) -> Restored:
-    """The checkpoint asked for.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    abstract = abstract_evaluated(experiment.model, average=experiment.train.average_decay > 0)
-    with CheckpointStore(directory / "checkpoints", experiment.checkpoints) as store:
-        if which == "last":
-            restored = store.restore(abstract, whole=False)
-            if restored is None:
-                raise UserError(f"{directory} has no checkpoint yet; train on, or lower checkpoints.every")
-            return restored
-        step = int(which) if which.isdecimal() else None
-        if which == "best":
-            step = first_decides(store.best_step)
-        if step is None:
-            raise UserError(
-                f"--checkpoint {which}: say last, best (if the run evaluated) or one of {store.steps()}"
-            )
-        return store.restore_step(step, abstract, whole=False)
 
 
 def steps_before(directory: Path, experiment: Experiment, step: int) -> list[int]:

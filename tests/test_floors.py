@@ -51,7 +51,7 @@ def trespasses(here: str, source: str) -> list[str]:
     found = []
     for name in imported(source):
         top, *inside = name.split(".")
-        if top in ("configs", "tpu", "tests", "train", "eval", "ablate", "export"):
+        if top in ("configs", "tpu", "tests", "train", "eval", "generate", "ablate", "export"):
             found.append(f"{name} stands outside the house")
         if top != "moe" or not inside or inside[0] == here or inside[0] == "__version__":
             continue

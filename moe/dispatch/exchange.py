@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from moe.kernels import Groups, Plan
 from moe.routing.assignment import Routing
@@ -24,6 +24,10 @@ class ExpertFunction:
 
     of_tokens: Callable[[ExpertWeights, Float[Array, "T D"], Float[Array, "A"], Plan], Float[Array, "T D"]]
     """From tokens, combine weights and a plan to each token's weighted sum, without keeping any rows."""
+
+    of_assignments: Callable[[ExpertWeights, Float[Array, "T D"], Int[Array, "A"], Plan], Float[Array, "A D"]]
+    """From tokens, each assignment's expert and a plan to each assignment's output: for few of them, and
+    without a gradient."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from moe.kernels.linear_float32 import linear_float32
 from moe.kernels.merge import from_groups, merge, split, to_groups
 from moe.kernels.permute import Plan, assignment_rows, combine_rows, gather_rows
 from moe.kernels.routed_mlp import routed_mlp
+from moe.kernels.touched_mlp import touched_mlp
 
 __all__ = [
     "Groups",
@@ -27,4 +28,5 @@ __all__ = [
     "rows_needed",
     "split",
     "to_groups",
+    "touched_mlp",
 ]

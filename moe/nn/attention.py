@@ -1,5 +1,6 @@
 """Grouped-query attention with rotary positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ from moe.kernels.attention import causal_attention
 from moe.mesh import spec
 from moe.nn.norm import RMSNorm
 from moe.nn.parameter import normal, use
+
+# From queries [B, S, H, h], keys and values [B, S, G, h] to what each query finds [B, S, H, h].
+Attend = Callable[[Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,24 @@ class Attention(nnx.Module):
                 self.k_norm = RMSNorm(keys, epsilon)
 
     def __call__(
-        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"] | None = None
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"] | None = None,
+        attend: Attend = causal_attention,
     ) -> Float[Array, "B S D"]:
         """Attend to earlier tokens within each sequence.
 
         Args:
             x: tokens.
             positions: where each stands, rising along S; None where they are all there and count from 0.
+            attend: where queries find keys and values: among those of `x`, or also in a cache.
         """
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[1]) if positions is None else positions
         q, k = (rotate(a, positions, self.config.rope_theta) for a in (q, k))
         # Over split sequences every device takes some of its heads through whole ones (Ulysses, 2309.14509).
         q, k, v = jax.sharding.reshard((q, k, v), spec("batch", None, "attended_heads"))
-        y = jax.sharding.reshard(causal_attention(q, k, v), spec("batch", "sequence", "heads"))
+        y = jax.sharding.reshard(attend(q, k, v), spec("batch", "sequence", "heads"))
         return linear(rearrange(y, "B S H h -> B S (H h)"), use(self.w_out, self.dtype, "heads"))
 
     def _project(self, x):

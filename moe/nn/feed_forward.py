@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe.dispatch import Dispatch, Dispatched, ExpertFunction
-from moe.kernels import Groups, Plan, expert_mlp, linear, routed_mlp
+from moe.kernels import Groups, Plan, expert_mlp, linear, routed_mlp, touched_mlp
 from moe.nn.parameter import normal, use
 from moe.routing import Routing
 
@@ -37,7 +37,11 @@ def _tokens(weights: dict, x: Float[Array, "T D"], combine_weight: Float[Array, 
     return routed_mlp(x, weights["w_gate"], weights["w_up"], weights["w_down"], combine_weight, plan)
 
 
-SWIGLU_EXPERTS = ExpertFunction(of_rows=_rows, of_tokens=_tokens)
+def _assignments(weights: dict, x: Float[Array, "T D"], expert: Int[Array, "A"], plan: Plan):
+    return touched_mlp(x, weights["w_gate"], weights["w_up"], weights["w_down"], expert, plan)
+
+
+SWIGLU_EXPERTS = ExpertFunction(of_rows=_rows, of_tokens=_tokens, of_assignments=_assignments)
 
 
 class Experts(nnx.Module):

@@ -116,7 +116,11 @@ class MoELayer(nnx.Module):
 
         def one_group(x, logits, ids, mask, key):
             context = Context(ids, mask, key, x, layer, trained, state)
-            return self.config.routing(logits, bias, context)
+            routing = self.config.routing(logits, bias, context)
+            # Padding is sent nowhere.
+            return replace(
+                routing, expert=jnp.where(mask[routing.token], routing.expert, self.config.num_choices)
+            )
 
         axes = (0, 0, 0, 0, None if keys is None else 0)
         return jax.vmap(one_group, in_axes=axes)(grouped, logits, ids, mask, keys)

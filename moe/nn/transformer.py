@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe.balance import RoutingStatistics
 from moe.errors import UserError
 from moe.kernels import linear
+from moe.kernels.attention import causal_attention
 from moe.mesh import logical_rules, spec
-from moe.nn.attention import Attention, AttentionConfig
+from moe.nn.attention import Attend, Attention, AttentionConfig
 from moe.nn.depth import DepthRouter, tokens_taken
 from moe.nn.feed_forward import FeedForward
 from moe.nn.moe_config import MoEConfig
@@ -133,12 +134,12 @@ class Block(nnx.Module):
             self.dense = FeedForward(config.width, config.dense_width, **shared)
 
     def __call__(
-        self, x, token_id, mask, keys, layer
+        self, x, token_id, mask, keys, layer, positions=None, attend: Attend = causal_attention
     ) -> tuple[Float[Array, "B S D"], RoutingStatistics | None]:
         """Apply the block; statistics only where there is a mixture."""
 
-        def block(x, token_id, mask, positions=None):
-            x = x + self.attention(self.attention_norm(x), positions)
+        def block(x, token_id, mask, positions=positions):
+            x = x + self.attention(self.attention_norm(x), positions, attend)
             normed = self.feed_forward_norm(x)
             if hasattr(self, "moe"):
                 y, statistics = self.moe(normed, token_id, mask, keys, layer)
@@ -204,17 +205,30 @@ class Transformer(nnx.Module):
                 from how sequences are put together in micro-batches.
         """
         mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask
-        layout = spec("batch", "sequence")
-        tokens, mask = jax.sharding.reshard((tokens, mask), layout)
-        # Cast after the look-up, so that a token's gradient is summed over its places in float32.
-        x = use(self.embedding, jnp.dtype("float32")).at[tokens].get(out_sharding=layout)
-        x = x.astype(self.config.dtype)
+        tokens, mask = jax.sharding.reshard((tokens, mask), spec("batch", "sequence"))
+        x = self.embed(tokens)
         statistics = []
         for stack, first in zip(self.stacks, self._first_layers(), strict=True):
             x, measured = self._scan(stack, x, tokens, mask, keys, first)
             statistics += [] if measured is None else [measured]
         merged = jax.tree.map(lambda *s: jnp.concatenate(s), *statistics) if statistics else None
         return self.final_norm(x), merged
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """What enters the first layer."""
+        # Cast after the look-up, so that a token's gradient is summed over its places in float32.
+        table, layout = use(self.embedding, self.embedding[...].dtype), spec("batch", "sequence")
+        rows = table.at[tokens].get(out_sharding=layout)
+        return rows.astype(self.config.dtype)
+
+    def blocks(self) -> list[Block]:
+        """Every layer's block by itself, bottom first: copies out of the stacks."""
+        found = []
+        for stack in self.stacks:
+            structure, layers = nnx.split(stack)
+            for i in range(jax.tree.leaves(layers)[0].shape[0]):
+                found += nnx.merge(structure, jax.tree.map(lambda p, i=i: p[i], layers)).blocks
+        return found
 
     def output_head(self) -> Float[Array, "D V"]:
         """The output matrix in compute precision, whole on every device."""

@@ -26,6 +26,7 @@ from moe.nn import structure
 from moe.processes import first, first_decides, joined, name
 from moe.training.evaluate import evaluate, own_rows, to_devices
 from moe.training.initialize import starting_point
+from moe.training.layout import layout_table
 from moe.training.log import TrainingLog
 from moe.training.profiler import Profiler
 from moe.training.run_directory import check_directory, check_processes, claimed
@@ -91,12 +92,15 @@ def train(experiment: Experiment, directory: Path) -> bool:
     begun = first_decides(lambda: bool(checkpoints.steps()))
     start_from = None if begun else starting_point(experiment)
     with claimed(directory, experiment), checkpoints:
-        restored = checkpoints.restore(abstract_state(experiment.model, transformation, average=average))
+        abstract = abstract_state(experiment.model, transformation, average=average)
+        restored = checkpoints.restore(abstract)
+        needs = layout_table(experiment, abstract)
         if restored:
             start, state, position = restored
             check_dataset(position, dataset, directory)
             batches.set_state(position["batches"])
         else:
+            print(needs)
             start, position = 0, {"begun_interval": []}
             state = initial_state(
                 experiment.model, transformation, seed=experiment.seed, average=average, start=start_from
@@ -110,6 +114,7 @@ def train(experiment: Experiment, directory: Path) -> bool:
             settings.profile and first(), start, settings.steps, directory / "profile", log.say
         )
         with log, profiler:
+            log.text("layout", needs)
             stop.defer()
             for step in range(start + 1, settings.steps + 1):
                 profiler.before(step, state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
@@ -156,13 +157,16 @@ class Muon(Optimizer):
 
     def update_rule(self, params: nnx.State, rate: optax.Schedule) -> optax.GradientTransformation:
         """See `Optimizer`."""
-        directions = muon(
-            learning_rate=1.0,
-            beta=self.momentum,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_map_axes(_muon_dimensions, params),
+        directions = _experts_first(
+            muon(
+                learning_rate=1.0,
+                beta=self.momentum,
+                adam_b1=self.b1,
+                adam_b2=self.b2,
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=_map_axes(_muon_dimensions, params),
+            ),
+            params,
         )
         # optax's own decay would reach the scales and biases of the AdamW part; `directions` point downhill.
         decay = optax.add_decayed_weights(-self.weight_decay, _decayed(params))
@@ -174,6 +178,28 @@ def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | Non
     if NOT_MUON_AXES & set(axes):
         return None
     return MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
+
+
+def _experts_first(inner: optax.GradientTransformation, params: nnx.State) -> optax.GradientTransformation:
+    """Shows an optimizer experts in front of layers, in its state too.
+
+    optax makes one axis of all in front of a matrix. Split over devices it can stay if its major part was;
+    with layers in front every device would gather all experts of all layers.
+    """
+    expert = _map_axes(lambda axes: axes.index("expert") if "expert" in axes else 0, params)
+
+    def moved(tree, back: bool):
+        return jax.tree.map(lambda x, at: jnp.moveaxis(x, *((0, at) if back else (at, 0))), tree, expert)
+
+    def init(params):
+        return inner.init(moved(params, back=False))
+
+    def update(updates, state, params=None):
+        shown = None if params is None else moved(params, back=False)
+        updates, state = inner.update(moved(updates, back=False), state, shown)
+        return moved(updates, back=True), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decayed(params: nnx.State):

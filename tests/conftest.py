@@ -29,6 +29,7 @@ settings.load_profile("switchyard")
 
 def pytest_addoption(parser):
     parser.addoption("--strategy", help="a routing strategy of your own, for test_every_strategy.py")
+    parser.addoption("--every-mesh", action="store_true", help="test_meshes.py on all meshes of 8 devices")
 
 
 @pytest.fixture(params=MESHES)

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from moe.errors import UserError
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, structure
 from moe.optim import WSD, AdamW, Cosine, Linear, Muon
+from moe.training.state import abstract_state
+from tpu.collectives import Mesh, collective
+from tpu.hlo import Module
 
 MODEL = TransformerConfig(
     vocab_size=12,
@@ -166,6 +169,31 @@ def test_muon_treats_every_layers_and_experts_matrix_by_itself(one_device):
                 after[name][index], expected, rtol=1e-3, atol=1e-4, err_msg=f"{name}{index}"
             )
     assert hidden == 4 + 3 + 4 + 3 + 3  # attention and dense, then attention, experts and shared expert
+
+
+@pytest.mark.parametrize("mesh", ["2x4"], indirect=True)
+def test_muon_leaves_experts_on_their_devices(mesh):
+    """Of experts no device sees more than its own, of all layers."""
+    moe = dataclasses.replace(MODEL.moe, num_experts=16, expert_width=8)
+    model = dataclasses.replace(MODEL, layers="MM", width=8, vocab_size=16, moe=moe)
+    transformation = Muon().build(structure(model)[1], steps=10)
+    state = abstract_state(model, transformation, average=False)
+
+    def update(gradients, optimizer, params):
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (gradients, optimizer))
+        return jax.sharding.auto_axes(transformation.update, out_sharding=shardings)(
+            gradients, optimizer, params
+        )
+
+    program = jax.jit(update).lower(state.params, state.optimizer, state.params).compile()
+    module, sizes = Module.parse(program.as_text()), Mesh(dict(jax.sharding.get_mesh().shape))
+    found = [
+        collective(module, where, instruction, sizes)
+        for where in module.computations.values()
+        for instruction in where.instructions.values()
+    ]
+    gathered = [each.payload for each in found if each and each.kind == "all-gather"]
+    assert 0 < max(gathered) <= 2 * 16 * 8 * 8 * 4 // 4
 
 
 def test_muons_step_has_adamws_size(one_device):

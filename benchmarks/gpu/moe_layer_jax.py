@@ -136,8 +136,10 @@ def applied(structure: nnx.GraphDef) -> Callable:
     """The layer as a function of its state. Statistics are returned, lest the compiler leave them out."""
 
     def apply(state, x):
-        token_id = jnp.zeros_like(x, shape=x.shape[:2], dtype=jnp.int32)
-        return nnx.merge(structure, state)(x, token_id, jnp.ones_like(token_id, dtype=bool))
+        token_id, mask = jax.sharding.reshard(
+            (jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], bool)), spec("batch")
+        )
+        return nnx.merge(structure, state)(x, token_id, mask)
 
     return apply
 

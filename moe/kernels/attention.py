@@ -88,7 +88,7 @@ def reference(
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
-def fits_cudnn(q: Float[Array, "B S H h"]) -> bool:
+def fits_cudnn(q: Float[Array, "B S H h"] | jax.ShapeDtypeStruct) -> bool:
     """Whether the devices of the mesh have cuDNN's kernel, forward and backward, for such queries."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     _, sequence, _, width = q.shape

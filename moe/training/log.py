@@ -163,6 +163,10 @@ class TrainingLog:
         """Context whose time counts as no training: evaluation, checkpoints."""
         return self._throughput.pause()
 
+    def text(self, name: str, text: str) -> None:
+        """Lines that go into the log's files alone."""
+        self._files.text(name, text)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         self._progress.say(text)

@@ -171,7 +171,8 @@ def test_a_ragged_exchange_is_one_where_the_platform_has_it(mesh):
     ("devices", "k", "platform", "chosen"),
     [
         (2, 8, "cuda", Gather()),
-        (2, 2, "cuda", AllToAll()),
+        (2, 2, "cuda", Gather()),
+        (4, 2, "cuda", AllToAll()),
         (8, 8, "cuda", AllToAll()),
         (4, 8, "cuda", Gather()),
         (64, 8, "tpu", RaggedAllToAll()),

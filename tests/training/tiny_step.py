@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import optax
 from meshes import MESHES
 
 from moe.dispatch import Dropless, Exchange, Gather
-from moe.mesh import MeshConfig, make_mesh, spec
+from moe.mesh import AXES, MeshConfig, make_mesh, spec
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, build, structure
 from moe.routing import TopK
 from moe.training.state import TrainState, split
@@ -25,12 +27,19 @@ MESH = {
     "sequence": MeshConfig(data=2, fsdp=1, expert=2, sequence=2),
     "all": MeshConfig(fsdp=1, expert=2, sequence=2, tensor=2),
 }
+# Every mesh of 8 devices, by its axes' lengths.
+EIGHT = {
+    "x".join(map(str, sizes)): MeshConfig(**dict(zip(AXES, sizes, strict=True)))
+    for sizes in product((1, 2, 4, 8), repeat=len(AXES))
+    if prod(sizes) == 8
+}
+MESH |= EIGHT
 
 BASE = TransformerConfig(
     vocab_size=VOCABULARY,
     width=16,
     layers="MM",
-    attention=AttentionConfig(heads=8, kv_heads=4, head_width=4),
+    attention=AttentionConfig(heads=16, kv_heads=8, head_width=4),
     moe=MoEConfig(
         num_experts=8, expert_width=8, routing=TopK(k=2), dispatch=Dropless(tile=8), shared_experts=1
     ),

@@ -2,19 +2,19 @@
 
     uv run eval.py runs/quickstart
     uv run eval.py runs/quickstart --checkpoint best --tokens 50000
+    uv run eval.py runs/quickstart --quantize int8 --sensitivity
     uv run eval.py runs/quickstart --routing
     uv run eval.py runs/quickstart --trace trace.npz
     uv run eval.py configs/qwen3_30b_a3b.py --compute --hardware h100,v5e --price h100=2.5
 
-Prints tables, and writes report/eval.json and TensorBoard scalars into the run directory; with --routing
+Prints tables, and writes report/eval.json and TensorBoard scalars into the run directory; with --quantize
+what rounded weights cost and report/quantized-FORMAT.json (docs/quantization.md); with --routing
 report/routing.html, its numbers and its pictures; with --trace a file of who went where; with --compute, for
 a run or a config, what it costs on chips that need not be here (docs/compute.md). On several machines it is
 the same command on each of them: docs/clusters.md.
 """
 
-import errno
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,17 +26,18 @@ import tokenizers
 
 from moe.analysis import routing
 from moe.analysis.compute import account
-from moe.checkpoint import CheckpointStore, Restored
+from moe.checkpoint import Restored
+from moe.compress import quantized, quantized_report
 from moe.config import override, to_json
 from moe.data import Dataset, prepare
 from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import structure
-from moe.processes import first, first_decides, joined
+from moe.processes import first, joined
+from moe.quant import format_named
 from moe.routing import Strategy
-from moe.routing.trace import write_trace
-from moe.seal import find_damage
+from moe.routing.trace import check_writable, write_trace
 from moe.training import report
 from moe.training.evaluate import evaluate
 from moe.training.prediction import predict_cost
@@ -48,7 +49,7 @@ from moe.training.record import (
     training_rows,
     validation_rows,
 )
-from moe.training.restore import restore
+from moe.training.restore import restore, steps_before
 from moe.training.run_directory import read_experiment
 from moe.training.state import TrainState
 from moe.training.step import make_eval_step
@@ -70,6 +71,16 @@ class Options:
     expert: int = 1
     """Devices along the mesh's `expert` axis; the rest lie along `data`."""
 
+    quantize: str = ""
+    """Measure what quantised weights cost: int8, int8-dynamic (activations too), int4 or fp8, with a group
+    size int4-128; or those in a directory that `moe.compress.calibrate` made of this run."""
+
+    sensitivity: bool = False
+    """With --quantize, which layers and which experts suffer most."""
+
+    skip_speed: bool = False
+    """With --quantize, leave out how fast prompts are read and tokens made."""
+
     strategy: Strategy | None = None
     """Route in another way than the run did, for example by Replay("trace.npz"); None routes as it did."""
 
@@ -90,6 +101,10 @@ class Options:
         for name in ("tokens", "batch_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.quantize and not Path(self.quantize).is_dir():
+            format_named(self.quantize)
+        if self.sensitivity and not self.quantize:
+            raise UserError("--sensitivity is to a number format; say which, like --quantize int8")
         if self.trace and self.trace_data == "train" and not self.tokens:
             raise UserError("--trace-data train goes on for ever; say how much of it, like --tokens 100000")
 
@@ -135,12 +150,17 @@ def evaluate_run(directory: Path, options: Options) -> None:
     if first() and restored.position["dataset"] != dataset.fingerprint:
         print("note: the text or the tokenizer has changed since this run was trained", file=sys.stderr)
 
+    if first() and (goal := experiment.quantization.train) and not options.quantize:
+        print(f"note: this run was trained for {goal} weights; --quantize {goal} takes them", file=sys.stderr)
+
     run = Run(directory, experiment, options, dataset, batch_size)
     if options.routing:
         analyse_routing(run, restored)
     if options.trace:
         trace(run, restored)
-    if not (options.routing or options.trace):
+    if options.quantize:
+        measure_quantized(run, restored)
+    if not (options.routing or options.trace or options.quantize):
         measure(run, restored)
 
 
@@ -166,6 +186,27 @@ def measure(run: Run, restored: Restored) -> None:
     written = report.write(run.directory / "report", found, evaluation)
     report.show(found)
     print(f"written: {written}, and TensorBoard: uv run tensorboard --logdir {run.directory}")
+
+
+def measure_quantized(run: Run, restored: Restored) -> None:
+    """What quantised weights cost in quality, and what they save in bytes and time."""
+    options = run.options
+    found = quantized.measure(
+        run.directory,
+        run.experiment,
+        restored,
+        run.dataset,
+        options.quantize,
+        batch_size=run.batch_size,
+        tokens=options.tokens,
+        sensitivity=options.sensitivity,
+        speed=not options.skip_speed,
+    )
+    if not first():
+        return
+    written = quantized_report.write(run.directory / "report", found)
+    quantized_report.show(found)
+    print(f"\nwritten: {written}")
 
 
 def analyse_routing(run: Run, restored: Restored) -> None:
@@ -233,22 +274,6 @@ def recorded(run: Run, step, state: TrainState, batches: Iterator[Batch]) -> rou
     )
 
 
-def steps_before(directory: Path, experiment: Experiment, step: int) -> list[int]:
-    """Steps of the intact checkpoints before one; a line on stderr names those that are damaged."""
-    return first_decides(lambda: _steps_before(directory, experiment, step))
-
-
-def _steps_before(directory: Path, experiment: Experiment, step: int) -> list[int]:
-    checkpoints = directory / "checkpoints"
-    with CheckpointStore(checkpoints, experiment.checkpoints) as store:
-        steps = [earlier for earlier in store.steps() if earlier < step]
-    damage = {earlier: find_damage(checkpoints / str(earlier)) for earlier in steps}
-    for earlier, what in damage.items():
-        if what:
-            print(f"checkpoint {earlier} is damaged ({what}): left out", file=sys.stderr)
-    return [earlier for earlier in steps if not damage[earlier]]
-
-
 def rows(options: Options, experiment: Experiment) -> int:
     """Sequences at once: what was asked for, else the training micro-batch, made to fit the devices."""
     devices = jax.device_count()
@@ -264,24 +289,6 @@ def rerouted(experiment: Experiment, strategy: Strategy | None) -> Experiment:
         return experiment
     moe = replace(experiment.model.moe, routing=strategy)
     return replace(experiment, model=replace(experiment.model, moe=moe))
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a place for the trace before the work is done.
-
-    Raises:
-        UserError: one line with the reason.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--trace {path}: {error.strerror}; give a file in a folder that is there and can be written"
-        ) from error
 
 
 if __name__ == "__main__":

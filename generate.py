@@ -32,6 +32,8 @@ from moe.decode.text import TextStream
 from moe.errors import UserError, one_line, run_main
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
+from moe.nn.quantized import quantize_params
+from moe.quant import format_named
 from moe.training.restore import restore
 from moe.training.run_directory import read_experiment
 
@@ -82,6 +84,10 @@ class Options(Drawing):
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of activations and matrices; None takes the one of training."""
 
+    quantize: str = ""
+    """Quantise the matrices first: int8, int8-dynamic (activations too), int4 or fp8, with a group size
+    int4-128. Runs that hold quantised weights need no such word."""
+
     cache: CacheType | None = None
     """How keys and values are stored; None takes the precision of activations."""
 
@@ -96,6 +102,8 @@ class Options(Drawing):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.quantize:
+            format_named(self.quantize)
         for name in ("length", "slots"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
@@ -128,6 +136,8 @@ def main() -> None:
     options = override(Options(), sys.argv[2:], prog=f"generate.py {directory}", description=__doc__ or "")
     experiment = in_precision(read_experiment(directory), options.compute_dtype)
     for_decoding(experiment.model)
+    if options.quantize and experiment.quantization.weights:
+        raise UserError(f"{directory} is quantised already; generate from it without --quantize")
     prompts = read_prompts(options)
     jax.set_mesh(make_mesh(MeshConfig(expert=options.expert)))
 
@@ -139,15 +149,18 @@ def main() -> None:
     length = options.length or max(len(task.tokens) + task.drawing.max_new_tokens for task in tasks)
 
     restored = restore(directory, experiment, options.checkpoint)
+    params = restored.state.evaluated
+    if options.quantize:
+        params = quantize_params(params, format_named(options.quantize), experiment.model.dtype)
     engine = Engine(
-        Decoder.of(experiment.model, restored.state.evaluated, restored.state.controllers),
+        Decoder.of(experiment.model, params, restored.state.controllers),
         vocabulary=vocabulary_size(tokenizer),
         slots=options.slots or slots_for(len(tasks)),
         length=length,
         cache=options.cache or cache_type(experiment),
         steps=STEPS_AT_ONCE if options.prompts else 1,
     )
-    del restored
+    del restored, params
     numbers = [engine.submit(request(task, end_of_text)) for task in tasks]
     with opened(options.out) as file:
         tell_notes(experiment, length)

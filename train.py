@@ -23,6 +23,7 @@ from moe.errors import UNFINISHED, UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import make_mesh
 from moe.nn import structure
+from moe.nn.quantized import deployed, pretend
 from moe.processes import first, first_decides, joined, name
 from moe.training.evaluate import evaluate, own_rows, to_devices
 from moe.training.initialize import starting_point
@@ -53,6 +54,10 @@ def train(experiment: Experiment, directory: Path) -> bool:
     Returns whether it was reached; SIGTERM may ask to stop before.
     """
     settings = experiment.train
+    if experiment.quantization.weights:
+        raise UserError(
+            "quantization.weights is for runs that hold quantised weights; they cannot be trained"
+        )
     stop = StopSignal()
 
     # What is wrong shows before anything is written into the run directory, the cheapest checks first.
@@ -73,6 +78,7 @@ def train(experiment: Experiment, directory: Path) -> bool:
         accumulation=settings.accumulation,
         chunks=settings.loss_chunks,
         average_decay=settings.average_decay,
+        pretend=pretend(experiment.quantization),
     )
     eval_step = make_eval_step(graph, chunks=settings.loss_chunks)
     key = jax.random.key(experiment.seed)
@@ -129,7 +135,7 @@ def train(experiment: Experiment, directory: Path) -> bool:
                     with log.pause():
                         evaluation = evaluate(
                             eval_step,
-                            state.evaluated,
+                            deployed(state.evaluated, experiment.quantization, experiment.model.dtype),
                             state.controllers,
                             dataset,
                             experiment.data,

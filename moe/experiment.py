@@ -10,6 +10,7 @@ from moe.errors import UserError
 from moe.mesh import BATCH, MeshConfig
 from moe.nn import Init, TransformerConfig, check_layout
 from moe.optim import AdamW, Optimizer
+from moe.quant import Quantization
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Experiment:
 
     train: Train = field(default_factory=Train)
     """The training loop."""
+
+    quantization: Quantization = field(default_factory=Quantization)
+    """Training for quantised weights."""
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices are laid out."""

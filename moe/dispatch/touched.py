@@ -22,7 +22,7 @@ class Touched(Dispatch):
 
     def compute(self, x, routing: Routing, weights, experts, first_expert, num_experts, *, keep_outputs):
         """See `Dispatch`."""
-        local_experts, (groups, tokens, width) = len(next(iter(weights.values()))), x.shape
+        local_experts, (groups, tokens, width) = next(iter(weights.values())).shape[0], x.shape
         if not on_cpu():  # where a group of rows costs nothing if it is empty
             return Dropless().compute(
                 x, routing, weights, experts, first_expert, num_experts, keep_outputs=keep_outputs

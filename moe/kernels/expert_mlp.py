@@ -2,6 +2,8 @@
 
 CPU        one loop over row tiles forward and one backward, of one iteration where the matrices are small
 GPU, TPU   three grouped products forward and six backward
+
+With quantised or observed matrices it is three grouped products everywhere.
 """
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float
 
 from moe.kernels.grouped_matmul import grouped_matmul, product, transpose_product
 from moe.kernels.groups import Groups
+from moe.kernels.observe import ObservedMatrix, observed_grouped_matmul
 from moe.kernels.tiles import (
     TileLoop,
     largest_divisor,
@@ -18,10 +21,13 @@ from moe.kernels.tiles import (
     multiply_transposed,
     transposed,
 )
+from moe.quant.matrix import QuantizedMatrix
 
 # What one iteration of the CPU loop takes together: so many bytes of the tiles' matrices, which it copies,
 # and so many tiles, since the last iteration computes tiles that may be empty.
 MATRIX_BYTES_AT_ONCE, MOST_TILES_AT_ONCE = 2**25, 128
+
+NotPlain = QuantizedMatrix | ObservedMatrix
 
 
 def expert_mlp(
@@ -36,15 +42,20 @@ def expert_mlp(
     Differentiable in all four arrays; backward keeps the two [R, F] pre-activations. What holds for rows of
     padding is said at `grouped_matmul`.
     """
-    if groups.uniform:
+    if groups.uniform or any(isinstance(w, NotPlain) for w in (w_gate, w_up, w_down)):
         return reference(rows, w_gate, w_up, w_down, groups)
     return _expert_mlp(rows, w_gate, w_up, w_down, groups)
 
 
 def reference(rows, w_gate, w_up, w_down, groups) -> Float[Array, "R D"]:
     """The same from three differentiable grouped products."""
-    gate, up = grouped_matmul(rows, w_gate, groups), grouped_matmul(rows, w_up, groups)
-    return grouped_matmul(swiglu(gate, up), w_down, groups)
+
+    def times(rows, w):
+        if isinstance(w, ObservedMatrix):
+            return observed_grouped_matmul(rows, w, groups)
+        return grouped_matmul(rows, w, groups)
+
+    return times(swiglu(times(rows, w_gate), times(rows, w_up)), w_down)
 
 
 def swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:

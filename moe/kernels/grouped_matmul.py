@@ -19,17 +19,21 @@ from jaxtyping import Array, Float
 from moe.kernels import grouped_matmul_triton as triton
 from moe.kernels import hopper
 from moe.kernels.groups import TILES_AT_ONCE, Groups
+from moe.kernels.quantized_matmul import quantized_grouped_matmul
 from moe.kernels.tiles import TileLoop, multiply, multiply_transposed
+from moe.quant.matrix import QuantizedMatrix
 
 
 def grouped_matmul(
-    rows: Float[Array, "R D"], w: Float[Array, "E D F"], groups: Groups
+    rows: Float[Array, "R D"], w: Float[Array, "E D F"] | QuantizedMatrix, groups: Groups
 ) -> Float[Array, "R F"]:
     """rows[r] @ w[expert of r], accumulated in float32, in the dtype of `rows`.
 
-    Differentiable in `rows` and `w`. Rows of padding give unspecified finite values and must receive zero
-    cotangents; the dispatch does so because it never reads them.
+    Differentiable in `rows` and `w`, unless `w` is quantised. Rows of padding give unspecified finite values
+    and must receive zero cotangents; the dispatch does so because it never reads them.
     """
+    if isinstance(w, QuantizedMatrix):
+        return quantized_grouped_matmul(rows, w, groups)
     if groups.uniform:
         experts, _, width = w.shape
         return jnp.einsum("ecd,edf->ecf", rows.reshape(experts, -1, rows.shape[-1]), w).reshape(-1, width)

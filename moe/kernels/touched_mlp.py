@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from moe.kernels.expert_mlp import expert_mlp, swiglu
 from moe.kernels.permute import Plan, assignment_rows, gather_rows
+from moe.kernels.quantized_matmul import quantized_matmul
 from moe.kernels.tiles import TileLoop
+from moe.quant.matrix import QuantizedMatrix
 
 ONE_BY_ONE = 16  # assignments; with more, an expert is read too often
 SMALLEST_TILE, LARGEST_TILE = 2, 64  # rows
@@ -23,9 +25,9 @@ SMALLEST_TILE, LARGEST_TILE = 2, 64  # rows
 
 def touched_mlp(
     x: Float[Array, "T D"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    w_gate: Float[Array, "E D F"] | QuantizedMatrix,
+    w_up: Float[Array, "E D F"] | QuantizedMatrix,
+    w_down: Float[Array, "E F D"] | QuantizedMatrix,
     expert: Int[Array, "A"],
     plan: Plan,
 ) -> Float[Array, "A D"]:
@@ -71,8 +73,8 @@ def _one_by_one(x, w_gate, w_up, w_down, expert, plan):
         for a in (i * at_once + j for j in range(at_once)):
             # Of one bf16 row XLA's CPU product is many times slower than of two.
             rows = jnp.broadcast_to(x[plan.token[a]], (2, x.shape[1]))
-            hidden = swiglu(rows @ w_gate[known[a]], rows @ w_up[known[a]])
-            out = out.at[a].set((hidden @ w_down[known[a]])[0])
+            hidden = swiglu(_times(rows, w_gate[known[a]]), _times(rows, w_up[known[a]]))
+            out = out.at[a].set(_times(hidden, w_down[known[a]])[0])
         return out
 
     # A loop, and not a line of products: copies of the matrices then share a place that stays mapped.
@@ -86,7 +88,12 @@ def _tile_by_tile(x, w_gate, w_up, w_down, expert, plan):
 
     def body(i, out):
         tile, expert = loop.rows(rows, i)[0], loop.experts[i]
-        hidden = swiglu(tile @ w_gate[expert], tile @ w_up[expert])
-        return loop.put(out, (hidden @ w_down[expert])[None], i)
+        hidden = swiglu(_times(tile, w_gate[expert]), _times(tile, w_up[expert]))
+        return loop.put(out, _times(hidden, w_down[expert])[None], i)
 
     return assignment_rows(loop.run(body, jnp.zeros_like(rows)), plan)
+
+
+def _times(rows, w):
+    """Rows with the matrix of one expert, quantised or not."""
+    return quantized_matmul(rows, w) if isinstance(w, QuantizedMatrix) else rows @ w

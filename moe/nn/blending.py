@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from moe.dispatch import Dispatched, ExpertFunction, ExpertWeights
 from moe.kernels import Groups
 from moe.mesh import axes, axis_size, layouts, spec, varying
+from moe.nn.parameter import plain
 from moe.routing import Blend, Merger, Mixture
 
 
@@ -65,13 +66,14 @@ def _merge(x, decided, weights, experts):
         part = jax.lax.dynamic_slice_in_dim(part, first, local_experts, axis=2)
 
     def merged(w):
+        w = plain(w, x.dtype)
         total = jnp.einsum("gne,edf->gndf", part, w, preferred_element_type=jnp.float32)
         if split > 1:
             total = jax.lax.psum_scatter(total, "expert", scatter_dimension=0, tiled=True)
         return total.astype(w.dtype).reshape(groups * segments, *w.shape[1:])
 
     rows = x.reshape(groups * segments, -1, x.shape[-1])
-    return _uniform(experts, jax.tree.map(merged, weights), rows).reshape(x.shape)
+    return _uniform(experts, {name: merged(w) for name, w in weights.items()}, rows).reshape(x.shape)
 
 
 def _uniform(experts, weights, rows: Float[Array, "E R D"]) -> Float[Array, "E R D"]:

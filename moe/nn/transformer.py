@@ -21,8 +21,10 @@ from moe.nn.feed_forward import FeedForward
 from moe.nn.moe_config import MoEConfig
 from moe.nn.moe_layer import MoELayer
 from moe.nn.norm import RMSNorm
-from moe.nn.parameter import normal, use
+from moe.nn.parameter import normal, plain, use
 from moe.nn.pattern import repeats
+from moe.nn.quantized import add_clipping
+from moe.quant import format_named
 
 Remat = Literal["none", "dots", "full"]
 
@@ -69,6 +71,10 @@ class TransformerConfig:
     compute_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Precision of activations and matrix products; parameters, router and norms are float32."""
 
+    learned_clipping: str = ""
+    """Number format, like int4, for which each matrix learns how much of every range to keep (LSQ 1902.08153,
+    as a share of the largest weight, 2308.13137); of use where `quantization.train` says the same."""
+
     remat: Remat = "none"
     """What backward recomputes: none, all but parameter matrix products (dots), or whole layers (full)."""
 
@@ -82,6 +88,8 @@ class TransformerConfig:
                 f"model.layers={self.layers!r} must be one letter a layer: D dense, M mixture of experts, "
                 "d and m the same for some tokens only"
             )
+        if self.learned_clipping:
+            format_named(self.learned_clipping)
         if not 0.0 < self.depth_capacity <= 1.0:
             raise UserError(f"model.depth_capacity={self.depth_capacity} must lie in (0, 1]")
 
@@ -232,13 +240,11 @@ class Transformer(nnx.Module):
 
     def output_head(self) -> Float[Array, "D V"]:
         """The output matrix in compute precision, whole on every device."""
-        if self.config.tied_embedding:
-            return use(self.embedding, self.config.dtype).T
-        return use(self.head, self.config.dtype)
+        return plain(self._head(), self.config.dtype)
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Scores of the next token, float32."""
-        return linear(hidden, self.output_head(), preferred_element_type=jnp.float32)
+        return linear(hidden, self._head(), preferred_element_type=jnp.float32)
 
     def update_controllers(self, batch: RoutingStatistics) -> None:
         """Hand each MoE layer's strategy and controller the whole batch's statistics, fields [L, ...]."""
@@ -252,6 +258,11 @@ class Transformer(nnx.Module):
             bias = layer.controller_state["bias"][...]
             norms = norms.at[indices].set(jnp.linalg.norm(bias, axis=-1))
         return norms
+
+    def _head(self):
+        if self.config.tied_embedding:
+            return use(self.embedding, self.config.dtype).T
+        return use(self.head, self.config.dtype)
 
     def _first_layers(self) -> Iterator[int]:
         """For each stack, the index of its first MoE layer among all of them."""
@@ -292,8 +303,15 @@ def build(config: TransformerConfig, key: Key[Array, ""]) -> Transformer:
 
     Under `jax.eval_shape` it gives shapes and shardings only, so any published size can be inspected.
     """
+
+    def make(key):
+        model = Transformer(config, rngs=nnx.Rngs(key))
+        if config.learned_clipping:
+            add_clipping(model, format_named(config.learned_clipping))
+        return model
+
     with logical_rules():
-        return jax.jit(lambda key: Transformer(config, rngs=nnx.Rngs(key)))(key)
+        return jax.jit(make)(key)
 
 
 def structure(config: TransformerConfig) -> tuple[nnx.GraphDef, nnx.State]:

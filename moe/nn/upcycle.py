@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from moe.errors import UserError
 from moe.nn.pattern import places
+from moe.nn.quantized import CLIP
 from moe.nn.router import LinearRouter
 from moe.nn.transformer import TransformerConfig
 from moe.routing import TopK
@@ -130,6 +131,8 @@ class Upcycle(Init):
 
     def _leaf(self, path, own, dense, source: TransformerConfig, target: TransformerConfig, key):
         """The first values of one parameter; `own` are those drawn at random."""
+        if str(path[-1]).endswith(CLIP):
+            return own
         if path[0] != "stacks":
             return dense[path]
         _, run, _, place, *name = path

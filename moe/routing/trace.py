@@ -13,8 +13,10 @@ K is the most experts that any token has. Other programs may write such a file t
 its rollouts.
 """
 
+import errno
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,24 @@ class TraceInfo:
 
     metadata: Mapping[str, Any]
     """All that the writer noted."""
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place for the trace before the work is done.
+
+    Raises:
+        UserError: one line with the reason.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--trace {path}: {error.strerror}; give a file in a folder that is there and can be written"
+        ) from error
 
 
 def write_trace(

@@ -6,11 +6,9 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from moe.checkpoint import CheckpointStore
-from moe.errors import UserError
 from moe.experiment import Experiment
+from moe.training.restore import restore
 from moe.training.run_directory import read_experiment
-from moe.training.state import abstract_evaluated
 
 
 def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] | None:
@@ -28,20 +26,6 @@ def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] |
     directory = Path(init.run)
     other = read_experiment(directory)
     init.check(other.model, experiment.model)
-    trained = _trained(directory, other)
+    trained = restore(directory, other, "last").state.evaluated
     key = jax.random.fold_in(jax.random.key(experiment.seed), 1)
     return lambda fresh: init(other.model, trained, experiment.model, fresh, key)
-
-
-def _trained(directory: Path, experiment: Experiment) -> nnx.State:
-    """The parameters in a run's newest intact checkpoint, on the mesh that is set.
-
-    Raises:
-        UserError: there is none.
-    """
-    abstract = abstract_evaluated(experiment.model, average=experiment.train.average_decay > 0)
-    with CheckpointStore(directory / "checkpoints", experiment.checkpoints) as store:
-        restored = store.restore(abstract, whole=False)
-    if restored is None:
-        raise UserError(f"{directory} has no checkpoint yet; let that run train first")
-    return restored.state.evaluated

@@ -11,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from moe.nn import Transformer, TransformerConfig, build
+from moe.nn.quantized import quantize_params
+from moe.quant import format_named
 
 
 @jax.tree_util.register_dataclass
@@ -77,20 +79,28 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, at no cost: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: initial_state(config, transformation, seed=0, average=average))
+    return _on_devices(shapes)
+
+
+def abstract_evaluated(config: TransformerConfig, *, average: bool, weights: str = "") -> TrainState:
+    """`abstract_state` of what an evaluation needs, and no more; the rest is None or empty.
+
+    Of the parameters that is `TrainState.evaluated`, or where a run holds quantised weights
+    (`Quantization.weights`) these.
+    """
+    state = abstract_state(config, optax.identity(), average=average and not weights)
+    if weights:
+        quantized = jax.eval_shape(lambda: quantize_params(state.params, format_named(weights), config.dtype))
+        return replace(state, params=_on_devices(quantized))
+    return replace(state, params=None) if average else state
+
+
+def _on_devices(shapes):
     mesh = jax.sharding.get_mesh()
 
-    def on_devices(x):
+    def one(x):
         whole = jax.sharding.PartitionSpec()
         sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else whole)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(on_devices, shapes)
-
-
-def abstract_evaluated(config: TransformerConfig, *, average: bool) -> TrainState:
-    """`abstract_state` of what an evaluation needs, and no more; the rest is None or empty.
-
-    Of the parameters that is `TrainState.evaluated`.
-    """
-    state = abstract_state(config, optax.identity(), average=average)
-    return replace(state, params=None) if average else state
+    return jax.tree.map(one, shapes)

@@ -16,6 +16,9 @@ from moe.training.state import TrainState
 
 Metrics = dict[str, Array]
 
+Pretend = Callable[[nnx.State, Int[Array, ""], Key[Array, ""]], nnx.State]
+"""From parameters, step and the step's key to other parameters."""
+
 
 def make_train_step(
     graph: nnx.GraphDef,
@@ -24,6 +27,7 @@ def make_train_step(
     accumulation: int = 1,
     chunks: int = 1,
     average_decay: float = 0.0,
+    pretend: Pretend | None = None,
 ) -> Callable[[TrainState, Key[Array, ""], Int[Array, "B S+1"], Int[Array, "B"], int], tuple]:
     """Build the compiled step: (state, key, tokens, slice of each row, number of slices) -> (state, metrics).
 
@@ -40,11 +44,18 @@ def make_train_step(
         accumulation: micro-batches of a batch; gradients are averaged in float32.
         chunks: see `linear_cross_entropy`.
         average_decay: decay of the parameters' moving average; 0 where there is none.
+        pretend: what forward passes see in the place of the parameters, differentiable; None: themselves.
     """
 
     def step(state: TrainState, key, tokens, slices, num_slices: int):
-        keys = jax.random.split(jax.random.fold_in(key, state.step), len(tokens))
-        loss, parts, grads = gradients(graph, state, tokens, keys, accumulation=accumulation, chunks=chunks)
+        key = jax.random.fold_in(key, state.step)
+        keys = jax.random.split(key, len(tokens))
+
+        def merge(params) -> Transformer:
+            seen = params if pretend is None else pretend(params, state.step, key)
+            return nnx.merge(graph, seen, state.controllers)
+
+        loss, parts, grads = gradients(merge, state, tokens, keys, accumulation=accumulation, chunks=chunks)
 
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -89,7 +100,7 @@ def make_train_step(
 
 
 def gradients(
-    graph: nnx.GraphDef,
+    merge: Callable[[nnx.State], Transformer],
     state: TrainState,
     tokens: Int[Array, "B S+1"],
     keys: Key[Array, "B"],
@@ -97,11 +108,13 @@ def gradients(
     accumulation: int,
     chunks: int,
 ) -> tuple[Float[Array, ""], LossParts, nnx.State]:
-    """Loss, its parts over the whole batch, and gradients, in `accumulation` micro-batches."""
+    """Loss, its parts over the whole batch, and gradients, in `accumulation` micro-batches.
+
+    `merge` makes the model of parameters.
+    """
 
     def loss(params, tokens, batch, keys):
-        model = nnx.merge(graph, params, state.controllers)
-        return training_loss(model, tokens, batch, keys, chunks=chunks)
+        return training_loss(merge(params), tokens, batch, keys, chunks=chunks)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
@@ -112,7 +125,7 @@ def gradients(
         jax.sharding.reshard(tokens, spec()).reshape(accumulation, -1, tokens.shape[1]), spec(None, "batch")
     )
     keys = keys.reshape(accumulation, -1)
-    batch = _batch_statistics(graph, state, micro, keys)
+    batch = _batch_statistics(merge, state, micro, keys)
 
     def accumulate(total, xs):
         (value, parts), grads = value_and_grad(state.params, xs[0], batch, xs[1])
@@ -124,19 +137,19 @@ def gradients(
     return values.mean(), _join(parts), grads
 
 
-def _batch_statistics(graph, state: TrainState, micro, keys) -> RoutingStatistics | None:
+def _batch_statistics(merge, state: TrainState, micro, keys) -> RoutingStatistics | None:
     """Mean of the micro-batches' totals, by a forward pass over all of them, where a balance loss needs it.
 
     The loss is then exactly that of the undivided batch, for a third more compute; averaging each
     micro-batch's own loss would be another loss (2501.11873, section 3).
     """
-    model = nnx.merge(graph, state.params, state.controllers)
+    model = merge(state.params)
     balance = model.config.moe.balance if model.config.moe_layers else ()
     if not any(isinstance(b, BalanceLoss) and b.needs_batch for b in balance):
         return None
 
     def count(xs):
-        _, statistics = nnx.merge(graph, state.params, state.controllers)(xs[0][:, :-1], keys=xs[1])
+        _, statistics = merge(state.params)(xs[0][:, :-1], keys=xs[1])
         return totals(statistics)
 
     return jax.tree.map(lambda x: x.mean(0), jax.lax.map(count, (micro, keys)))

@@ -6,15 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from random_models import VOCABULARY, built, config, full_logits
 
 from moe.balance import LossFreeBias
+from moe.decode import Decoder
 from moe.decode.cache import LayerCache
 from moe.decode.model import for_decoding
 from moe.dispatch import Capacity, Dropless, OneHot
 from moe.errors import UserError
 from moe.mesh import spec
 from moe.nn import AttentionConfig, CosineRouter, FreeExperts, MLPRouter
+from moe.nn.quantized import quantize_params
+from moe.quant import format_named
 from moe.routing import (
     ControlledTopP,
     DefaultMoE,
@@ -112,6 +116,19 @@ def expected(model, tokens) -> np.ndarray:
     logits = full_logits(model, tokens)
     places = LENGTHS[:, None] - 1 + np.arange(1 + STEPS)
     return np.take_along_axis(logits, places[..., None], 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "format"), [("1x1", "int8"), ("1x1", "int4-8"), ("4x2", "int8")], indirect=["mesh"]
+)
+def test_quantised_weights_decode_to_the_logits_of_the_full_forward_pass(mesh, format):
+    model, _ = built(CONFIGS["top-k"])
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    rounded = quantize_params(params, format_named(format), jnp.dtype("float32"))
+    tokens = prompts()
+    found = decoded(Decoder.of(CONFIGS["top-k"], rounded, rest), tokens)
+    np.testing.assert_allclose(found, expected(nnx.merge(graph, rounded, rest), tokens), rtol=1e-3, atol=1e-3)
+    assert np.abs(found - expected(model, tokens)).max() > 0.01
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,6 +10,7 @@ from moe.dispatch.touched import Touched
 from moe.kernels.touched_mlp import ONE_BY_ONE, tile_for, touched_mlp
 from moe.mesh import spec
 from moe.nn.feed_forward import SWIGLU_EXPERTS
+from moe.quant import Format, dequantize, quantize
 from moe.routing import Routing
 
 E, D, F, K = 16, 8, 12, 2
@@ -39,10 +40,15 @@ def by_loop(x, w_gate, w_up, w_down, token, expert) -> np.ndarray:
     return y
 
 
+@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, ONE_BY_ONE // K, 40])
-def test_every_assignment_and_no_other_expert(tokens, one_device):
+def test_every_assignment_and_no_other_expert(tokens, quantised, one_device):
     random = np.random.default_rng(tokens)
     matrices, expert = weights(random), chosen(random, 1, tokens)
+    given = matrices
+    if quantised:
+        given = [quantize(w, Format("int8")) for w in matrices]
+        matrices = [np.asarray(dequantize(w)) for w in given]
     x = random.normal(size=(tokens, D)).astype(np.float32)
     token = np.repeat(np.arange(tokens), K)
 
@@ -52,7 +58,7 @@ def test_every_assignment_and_no_other_expert(tokens, one_device):
         plan = Dropless(tile=tile_for(expert.size, E)).plan(routing, tokens, 0, E, E)
         return touched_mlp(x, *matrices, expert.reshape(-1), plan)
 
-    found = run(x, expert, matrices)
+    found = run(x, expert, given)
     np.testing.assert_allclose(found, by_loop(x, *matrices, token, expert[0]), rtol=1e-5, atol=1e-6)
 
 

@@ -15,6 +15,8 @@ from meshes import MESHES
 from moe.dispatch import Dropless, Exchange, Gather
 from moe.mesh import AXES, MeshConfig, make_mesh, spec
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, build, structure
+from moe.nn.quantized import pretend
+from moe.quant import Quantization
 from moe.routing import TopK
 from moe.training.state import TrainState, split
 from moe.training.step import make_train_step
@@ -127,9 +129,13 @@ def on_mesh(array):
 
 
 @cache
-def _compiled(config, layout: Layout):
+def _compiled(config, layout: Layout, quantization: Quantization):
     return make_train_step(
-        structure(config)[0], KEEP_GRADIENTS, accumulation=layout.accumulation, chunks=layout.chunks
+        structure(config)[0],
+        KEEP_GRADIENTS,
+        accumulation=layout.accumulation,
+        chunks=layout.chunks,
+        pretend=pretend(quantization),
     )
 
 
@@ -141,7 +147,7 @@ class Outcome(NamedTuple):
     controllers: dict
 
 
-def outcome(config, layout: Layout, key=0, **states) -> Outcome:
+def outcome(config, layout: Layout, key=0, quantization=Quantization(), **states) -> Outcome:  # noqa: B008
     """Of one step from the initial values; `states` replace those of the controllers' arrays by name."""
     params, controllers = initial_values(config)
     for name, value in states.items():
@@ -150,7 +156,7 @@ def outcome(config, layout: Layout, key=0, **states) -> Outcome:
     config = replace(config, remat=layout.remat, moe=moe)
     with layout.set():
         _, state = place(config, params, controllers, KEEP_GRADIENTS)
-        step = _compiled(config, layout)
+        step = _compiled(config, layout, quantization)
         state, metrics = step(state, jax.random.key(key), *map(on_mesh, make_batch()), SLICES)
         return jax.device_get(Outcome(metrics, state.optimizer, state.controllers))
 

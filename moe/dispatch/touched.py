@@ -9,7 +9,7 @@ from moe.dispatch.dispatch import Dispatch
 from moe.dispatch.dropless import Dropless
 from moe.dispatch.exchange import Exchange
 from moe.dispatch.gather import Gather
-from moe.kernels.touched_mlp import on_cpu, tile_for
+from moe.kernels.touched_mlp import tile_for
 from moe.routing.assignment import Routing
 
 
@@ -23,11 +23,12 @@ class Touched(Dispatch):
     def compute(self, x, routing: Routing, weights, experts, first_expert, num_experts, *, keep_outputs):
         """See `Dispatch`."""
         local_experts, (groups, tokens, width) = next(iter(weights.values())).shape[0], x.shape
-        if not on_cpu():  # where a group of rows costs nothing if it is empty
+        tile = tile_for(routing.expert.size, num_experts, x, *weights.values())
+        if tile is None:  # where a group of rows costs nothing if it is empty
             return Dropless().compute(
                 x, routing, weights, experts, first_expert, num_experts, keep_outputs=keep_outputs
             )
-        dropless = Dropless(tile=tile_for(routing.expert.size, num_experts))
+        dropless = Dropless(tile=tile)
         plan = dropless.plan(routing, tokens, first_expert, local_experts, num_experts)
         expert = routing.expert.reshape(-1) - first_expert
         outputs = experts.of_assignments(weights, x.reshape(-1, width), expert, plan)

@@ -6,8 +6,9 @@
     W8A8            rows rounded to codes with one scale a token, products in int32 (fp8: in float32)
 
 Grouped by expert, this is done a tile of rows at a time, so that only experts in use are unpacked; on TPU
-`lax.ragged_dot` takes them whole. A kernel for one platform is chosen in `quantized_matmul` and
-`quantized_grouped_matmul`.
+`lax.ragged_dot` takes them whole, and on Hopper weight-only ones are unpacked for the kernels of training,
+which pays for many rows; for few see `touched_mlp`. A kernel for one platform is chosen in `quantized_matmul`
+and `quantized_grouped_matmul`.
 """
 
 from functools import partial
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe.kernels import hopper
 from moe.kernels.groups import TILES_AT_ONCE, Groups
 from moe.kernels.tiles import TileLoop
 from moe.quant.matrix import QuantizedMatrix, dequantize, rescale
@@ -42,6 +44,9 @@ def quantized_grouped_matmul(
     experts, _, width = w.shape
     if groups.uniform:
         return quantized_matmul(rows.reshape(experts, -1, rows.shape[-1]), w).reshape(-1, width)
+    if not w.format.dynamic and hopper.fits(groups, rows, jax.ShapeDtypeStruct(w.shape, rows.dtype)):
+        unpacked = jnp.swapaxes(dequantize(w, rows.dtype), 1, 2)
+        return hopper.product(rows, unpacked, groups, transposed=True)
     return jax.lax.platform_dependent(
         rows,
         w,

@@ -6,13 +6,15 @@ few assignments   one after the other, each with a copy of its expert's matrices
 more              a loop over tiles of rows, each of one expert, as in `expert_mlp` but for gate and up,
                   which are joined there: little beside a batch of training, but it reads every expert
 
-Elsewhere grouped products, in which an expert without rows costs nothing.
+On Hopper products whose tiles have as few rows as an expert (`moe.kernels.hopper.few_rows`), and for more
+rows, as elsewhere, the grouped products of training, in which an expert without rows costs nothing.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.kernels import hopper
 from moe.kernels.expert_mlp import expert_mlp, swiglu
 from moe.kernels.permute import Plan, assignment_rows, gather_rows
 from moe.kernels.quantized_matmul import quantized_matmul
@@ -42,7 +44,8 @@ def touched_mlp(
         plan: its token and its row.
     """
     if not on_cpu():
-        return reference(x, w_gate, w_up, w_down, expert, plan)
+        few = plan.groups.tile <= LARGEST_TILE and _few_rows_fit(x, w_gate, w_up, w_down)
+        return (_few_rows if few else reference)(x, w_gate, w_up, w_down, expert, plan)
     compute = _one_by_one if expert.shape[0] <= ONE_BY_ONE else _tile_by_tile
     return compute(x, w_gate, w_up, w_down, expert, plan)
 
@@ -52,8 +55,21 @@ def reference(x, w_gate, w_up, w_down, expert, plan: Plan) -> Float[Array, "A D"
     return assignment_rows(expert_mlp(gather_rows(x, plan), w_gate, w_up, w_down, plan.groups), plan)
 
 
-def tile_for(assignments: int, experts: int) -> int:
-    """Rows of a tile on the CPU: a power of two, as many as an expert has in the mean."""
+def tile_for(
+    assignments: int, experts: int, x: Float[Array, "T D"], *matrices: Float[Array, "E ..."]
+) -> int | None:
+    """Rows of a tile that suit these, or None where `touched_mlp` is no better than `routed_mlp`.
+
+    On the CPU a power of two, as many as an expert has in the mean.
+
+    Args:
+        assignments: to all experts.
+        experts: on all devices.
+        x: the tokens.
+        matrices: of the experts here.
+    """
+    if not on_cpu():
+        return hopper.few_rows_tile(assignments, experts) if _few_rows_fit(x, *matrices) else None
     mean = -(-assignments // experts)
     return min(max(1 << (mean - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
 
@@ -62,6 +78,28 @@ def on_cpu() -> bool:
     """Whether what is traced now will run on the CPU: by the devices of the mesh, if one is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.platform == "cpu"
+
+
+def _few_rows_fit(x, *matrices) -> bool:
+    """Whether Hopper's kernels take these: plain matrices, or int8 with one scale for each column."""
+    for w in matrices:
+        if isinstance(w, QuantizedMatrix) and (w.format.dynamic or w.scales.shape[-1] > 1):
+            return False
+    return hopper.few_rows_fit(x, *(_stored(w)[0] for w in matrices))
+
+
+def _few_rows(x, w_gate, w_up, w_down, expert, plan):
+    (gate, gate_scale), (up, up_scale), (down, down_scale) = map(_stored, (w_gate, w_up, w_down))
+    scales = gate_scale, up_scale
+    hidden = hopper.few_rows_swiglu(gather_rows(x, plan), gate, up, plan.groups, scales=scales)
+    return assignment_rows(hopper.few_rows_product(hidden, down, plan.groups, scale=down_scale), plan)
+
+
+def _stored(w):
+    """A matrix as the kernels take it, and the scales of its columns."""
+    if isinstance(w, QuantizedMatrix):
+        return w.values, w.scales[..., 0].astype(jnp.float32)
+    return w, None
 
 
 def _one_by_one(x, w_gate, w_up, w_down, expert, plan):

@@ -55,7 +55,7 @@ def test_every_assignment_and_no_other_expert(tokens, quantised, one_device):
     @jax.jit
     def run(x, expert, matrices):
         routing = Routing(jnp.asarray(token)[None], expert, jnp.ones(expert.shape), None, K)
-        plan = Dropless(tile=tile_for(expert.size, E)).plan(routing, tokens, 0, E, E)
+        plan = Dropless(tile=tile_for(expert.size, E, x, *matrices)).plan(routing, tokens, 0, E, E)
         return touched_mlp(x, *matrices, expert.reshape(-1), plan)
 
     found = run(x, expert, given)
@@ -90,4 +90,10 @@ def test_a_dispatch_sums_them_by_combine_weight(mesh, per_token, tokens):
 
 
 def test_tiles_hold_what_an_expert_has_in_the_mean():
-    assert [tile_for(assignments, 40) for assignments in (1, 80, 81, 512, 10_000)] == [2, 2, 4, 16, 64]
+    assert [tile_for(assignments, 40, jnp.ones((1, D))) for assignments in (1, 80, 81, 512, 10_000)] == [
+        2,
+        2,
+        4,
+        16,
+        64,
+    ]

@@ -1,5 +1,6 @@
 """Kernels for Hopper GPUs (H100, H200), in Pallas Mosaic GPU."""
 
+from moe.kernels.hopper.few_rows import few_rows_fit, few_rows_product, few_rows_swiglu, few_rows_tile
 from moe.kernels.hopper.gather import gathers_first
 from moe.kernels.hopper.pipeline import Tiles
 from moe.kernels.hopper.row_products import inward_transposed, product, swiglu_backward, swiglu_product
@@ -8,6 +9,10 @@ from moe.kernels.hopper.weight_gradient import weight_gradient
 
 __all__ = [
     "Tiles",
+    "few_rows_fit",
+    "few_rows_product",
+    "few_rows_swiglu",
+    "few_rows_tile",
     "fits",
     "gathers_first",
     "inward_transposed",

@@ -19,9 +19,9 @@ from jax.extend.core import Primitive
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from moe.kernels.hopper.pipeline import DEPTH, swizzled
+from moe.kernels.hopper.pipeline import swizzled
 
-THREADS, PIECE = 128, 8  # of the loader; numbers of two bytes that one copy takes
+THREADS, PIECE = 128, 16  # of the loader; bytes that one copy takes
 WIDE = 4096  # columns of an expert's hidden layer
 SCALAR = plgpu.Layout.WG_SPLAT(())
 _inline: Any = plgpu.inline_mgpu  # adds the context to a function's arguments, which its type does not say
@@ -43,11 +43,18 @@ class RowGather:
 
     rows: int
     columns: int
+    itemsize: int
+    """Bytes of a number."""
+
+    @property
+    def _pieces(self) -> int:
+        """Of one row."""
+        return self.columns * self.itemsize // PIECE
 
     @property
     def _copies(self) -> int:
         """Of one thread, for one stage."""
-        return self.rows * self.columns // PIECE // THREADS
+        return self.rows * self._pieces // THREADS
 
     @property
     def _layout(self):
@@ -57,9 +64,9 @@ class RowGather:
     def _place(self, thread: ir.Value, i: int) -> tuple[ir.Value, ir.Value]:
         """Row and piece of a thread's copy number i in the stage: neighbours take neighbouring pieces."""
         i32 = ir.IntegerType.get_signless(32)
-        pieces = self.columns // PIECE
-        row = arith.addi(arith.divui(thread, utils.c(pieces, i32)), utils.c(i * (THREADS // pieces), i32))
-        return row, arith.remui(thread, utils.c(pieces, i32))
+        pieces = utils.c(self._pieces, i32)
+        row = arith.addi(arith.divui(thread, pieces), utils.c(i * (THREADS // self._pieces), i32))
+        return row, arith.remui(thread, pieces)
 
     def tokens(self, token_ref, first) -> jax.Array:
         """What `start` needs to know: the rows of the matrix that rows `first` and following stand for."""
@@ -81,7 +88,7 @@ class RowGather:
 
     def start(self, x_ref, tokens, column, into, barrier) -> None:
         """Start the copies of columns `column` and following of rows `tokens`; they arrive at the barrier."""
-        types = (plgpu.RefType(), self._layout, SCALAR, plgpu.RefType(swizzled()))
+        types = (plgpu.RefType(), self._layout, SCALAR, plgpu.RefType(swizzled(x_ref.dtype)))
 
         @_inline(arg_types=types)
         def copy(ctx, x, tokens, column, into):
@@ -93,14 +100,15 @@ class RowGather:
             for i in range(self._copies):
                 row, piece = self._place(thread, i)
                 token = vector.extract(tokens.registers.flat[i], dynamic_position=[], static_position=[0])
-                at = arith.addi(column.registers.flat[0], arith.muli(piece, utils.c(PIECE, i32)))
+                numbers = utils.c(PIECE // self.itemsize, i32)
+                at = arith.addi(column.registers.flat[0], arith.muli(piece, numbers))
                 offset = arith.addi(
                     arith.muli(arith.extui(i64, token), utils.c(width, i64)), arith.extui(i64, at)
                 )
                 nvvm.cp_async_shared_global(
                     utils.getelementptr(target, [self._swizzled(row, piece)], number),
                     utils.getelementptr(source, [offset], number),
-                    2 * PIECE,
+                    PIECE,
                     nvvm.LoadCacheModifierKind.CG,
                 )
 
@@ -108,7 +116,7 @@ class RowGather:
         _mark_when_copied(barrier)
 
     def _swizzled(self, row: ir.Value, piece: ir.Value) -> ir.Value:
-        """Where a piece stands in a stage: tiles of 8 rows and 64 columns, their pieces swapped by row."""
+        """Where a piece stands in a stage: tiles of 8 rows of 128 bytes, their pieces swapped by row."""
         i32 = ir.IntegerType.get_signless(32)
 
         def number(value):
@@ -116,9 +124,10 @@ class RowGather:
 
         tile_row, in_row = arith.divui(row, number(8)), arith.remui(row, number(8))
         tile_column, in_tile = arith.divui(piece, number(8)), arith.remui(piece, number(8))
-        tile = arith.addi(arith.muli(tile_row, number(self.columns // DEPTH)), tile_column)
+        tile = arith.addi(arith.muli(tile_row, number(self._pieces // 8)), tile_column)
         swapped = arith.xori(in_tile, in_row)
-        return utils.dyn_dot([tile, in_row, swapped], [number(8 * DEPTH), number(DEPTH), number(PIECE)])
+        strides = [number(pieces * PIECE // self.itemsize) for pieces in (64, 8, 1)]
+        return utils.dyn_dot([tile, in_row, swapped], strides)
 
 
 def see_copies() -> None:

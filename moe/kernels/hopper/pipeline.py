@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-DEPTH = 64  # of the contraction in one stage: 128 bytes of two-byte numbers, the widest swizzle
+SWIZZLE = 128  # bytes, the widest
+DEPTH = SWIZZLE // 2  # of the contraction in one stage of two-byte numbers
 MULTIPLIERS = 2  # warpgroups that multiply
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 56, 224  # of a thread; 128 * (56 + 2 * 224) fit the file of 65,536
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
@@ -50,11 +51,16 @@ class Tiles:
         return plgpu.planar_snake(index, (rows, columns), 1 if self.along == "rows" else 0, self.strip)
 
 
-def swizzled() -> tuple:
+def stage_depth(dtype: Any) -> int:
+    """Length of the contraction in one stage: as many numbers as the widest swizzle takes."""
+    return SWIZZLE // jnp.dtype(dtype).itemsize
+
+
+def swizzled(dtype: Any = jnp.bfloat16) -> tuple:
     """The layout in shared memory that `wgmma` and the copy engine read without conflicts."""
     tiled: Any = plgpu.TilingTransform  # both seem abstract to type checkers
     swizzle: Any = plgpu.SwizzleTransform
-    return tiled((8, DEPTH)), swizzle(128)
+    return tiled((8, stage_depth(dtype))), swizzle(SWIZZLE)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Ring:
     def scratch(a_shape: tuple[int, ...], b_shape: tuple[int, ...], stages: int, copies: int, dtype) -> tuple:
         """Types of `a`, `b`, `full` and `empty`, where as many copies fill a stage."""
         return (
-            plgpu.SMEM((stages, *a_shape), dtype, transforms=swizzled()),
-            plgpu.SMEM((stages, *b_shape), dtype, transforms=swizzled()),
+            plgpu.SMEM((stages, *a_shape), dtype, transforms=swizzled(dtype)),
+            plgpu.SMEM((stages, *b_shape), dtype, transforms=swizzled(dtype)),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=stages),
         )
@@ -174,18 +180,36 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
 
 
-def launch(body: Callable, inputs: Sequence, out_type, scratch: Sequence, name: str):
+def launch(
+    body: Callable,
+    inputs: Sequence,
+    out_type,
+    scratch: Sequence,
+    name: str,
+    *,
+    programs: int = 1,
+    warpgroups: int = MULTIPLIERS + 1,
+):
     """Run `body(*input_refs, *output_refs, *scratch_refs)` on every multiprocessor.
 
     The results vary over the mesh axes over which any input varies.
+
+    Args:
+        body: the program.
+        inputs: arrays.
+        out_type: of the results.
+        scratch: shared memory and barriers of a program.
+        name: of the kernel.
+        programs: that share a multiprocessor.
+        warpgroups: of a program.
     """
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=tuple(scratch),
-        grid=(multiprocessors(),),
+        grid=(programs * multiprocessors(),),
         grid_names=("program",),
-        num_threads=MULTIPLIERS + 1,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
         # No thread here both reads and writes a piece of shared memory; what passes between threads passes

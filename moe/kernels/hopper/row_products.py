@@ -116,7 +116,7 @@ def swiglu_product(
         for i, w in enumerate(refs):
             plgpu.copy_gmem_to_smem(w.at[expert, k, n], into.at[i], barrier)
 
-    def epilogue(acc, refs, outs, staging, share, row, column, ring, slot):
+    def epilogue(acc, refs, outs, staging, share, expert, row, column, ring, slot):
         mine = share.columns // 2
         first = column * half + share.first_column // 2
         turn = 0
@@ -190,7 +190,7 @@ def swiglu_backward(
         up = refs[1].at[row, pl.ds(width + gate, CHUNK)]
         plgpu.copy_gmem_to_smem(up, b.at[0, pl.ds(0, tiles.rows)], barrier)
 
-    def epilogue(acc, refs, outs, staging, share, row, column, ring, slot):
+    def epilogue(acc, refs, outs, staging, share, expert, row, column, ring, slot):
         h_bar, weighted, weight_bar = outs
         at_row = share.rows_at(row)
         s = plgpu.load(refs[2].at[at_row], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
@@ -260,7 +260,7 @@ def swiglu(gate: Float[Array, "R F"], up: Float[Array, "R F"]) -> Float[Array, "
     return jax.nn.silu(gate) * up
 
 
-def _store_sums(acc, refs, outs, staging, share: Share, row, column, ring, slot):
+def _store_sums(acc, refs, outs, staging, share: Share, expert, row, column, ring, slot):
     """The epilogue that does nothing else."""
     columns = pl.ds(column * share.tiles.columns + share.first_column, share.columns)
     store(acc, staging, outs[0].at[share.rows_at(row), columns])

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 from moe.kernels.groups import Groups
 from moe.kernels.hopper.gather import RowGather, see_copies
 from moe.kernels.hopper.pipeline import (
-    DEPTH,
     LOADER_REGISTERS,
     MULTIPLIER_REGISTERS,
     MULTIPLIERS,
@@ -22,6 +21,7 @@ from moe.kernels.hopper.pipeline import (
     Ring,
     Tiles,
     launch,
+    stage_depth,
     staging_type,
 )
 
@@ -81,6 +81,7 @@ def rows_kernel(
     partial_sums: jax.ShapeDtypeStruct | None = None,
     extra_steps: int = 0,
     load_extra: Callable | None = None,
+    dtype: Any = None,
 ) -> list[Array]:
     """Multiply the rows of each expert by its matrix and hand the sums to `epilogue`.
 
@@ -101,14 +102,16 @@ def rows_kernel(
         partial_sums: one more result.
         extra_steps: stages that follow the product's, read by the epilogue.
         load_extra: starts the two copies of such a stage.
+        dtype: of the results; None is that of x. Rows of int8 are multiplied in int32.
     """
     rows = x.shape[0] if token is None else token.shape[0]
     if groups.tile % tiles.rows:
         raise ValueError(f"tiles of {tiles.rows} rows do not divide groups padded to {groups.tile}")
     per_group_tile = groups.tile // tiles.rows
-    steps, part = pl.cdiv(depth, DEPTH), tiles.columns // copies_of_b
-    gather = RowGather(tiles.rows, DEPTH)
-    out_type = [jax.ShapeDtypeStruct((rows, width), x.dtype) for width in widths]
+    stage, part, dtype = stage_depth(x.dtype), tiles.columns // copies_of_b, dtype or x.dtype
+    steps, sums_in = pl.cdiv(depth, stage), jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    gather = RowGather(tiles.rows, stage, x.dtype.itemsize)
+    out_type = [jax.ShapeDtypeStruct((rows, width), dtype) for width in widths]
     out_type += [] if partial_sums is None else [partial_sums]
 
     def body(expert_ref, used_ref, *refs):
@@ -138,9 +141,9 @@ def rows_kernel(
                     full = ring.full.at[slot]
                     load_b(other_refs, expert, step, column, ring.b.at[slot], full)
                     if token is not None:
-                        gather.start(x_ref, tokens, step * DEPTH, ring.a.at[slot], full)
+                        gather.start(x_ref, tokens, step * stage, ring.a.at[slot], full)
                     else:
-                        k = pl.ds(step * DEPTH, DEPTH)
+                        k = pl.ds(step * stage, stage)
                         plgpu.copy_gmem_to_smem(x_ref.at[mine, k], ring.a.at[slot], full)
 
                 slot, _ = ring.fill(steps, load, carry)
@@ -166,28 +169,34 @@ def rows_kernel(
             def _tile(info, carry):
                 row, column = place(info)
 
+                def b_of(slot, i):
+                    if transposed:
+                        return ring.b.at[slot, i, my_columns].transpose((1, 0))
+                    return ring.b.at[slot, i, :, my_columns]
+
                 def with_sums(acc_ref):
                     def products(slot):
                         a = ring.a.at[slot, my_rows]
-                        if transposed:
-                            return [(acc_ref, a, ring.b.at[slot, 0, my_columns].transpose((1, 0)))]
                         if copies_of_b == 1:
-                            return [(acc_ref, a, ring.b.at[slot, 0, :, my_columns])]
-                        sums = [acc_ref.at[:, pl.ds(i * my_part, my_part)] for i in range(copies_of_b)]
-                        return [(to, a, ring.b.at[slot, i, :, my_columns]) for i, to in enumerate(sums)]
+                            sums = [acc_ref]
+                        else:
+                            sums = [acc_ref.at[:, pl.ds(i * my_part, my_part)] for i in range(copies_of_b)]
+                        return [(to, a, b_of(slot, i)) for i, to in enumerate(sums)]
 
                     slot = ring.multiply(steps, products, carry, on_full)
                     return acc_ref[...], slot
 
                 acc, slot = pl.run_scoped(
-                    with_sums, plgpu.WGMMAAccumulatorRef((share.rows, share.columns), jnp.float32)
+                    with_sums, plgpu.WGMMAAccumulatorRef((share.rows, share.columns), sums_in)
                 )
-                return epilogue(acc, other_refs, outs, staging.at[warpgroup], share, row, column, ring, slot)
+                expert = expert_ref[lax.div(row, jnp.int32(per_group_tile))]
+                piece = staging.at[warpgroup]
+                return epilogue(acc, other_refs, outs, piece, share, expert, row, column, ring, slot)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    b_shape = (copies_of_b, part, DEPTH) if transposed else (copies_of_b, DEPTH, part)
-    ring = Ring.scratch((tiles.rows, DEPTH), b_shape, tiles.stages, 1 + copies_of_b, x.dtype)
+    b_shape = (copies_of_b, part, stage) if transposed else (copies_of_b, stage, part)
+    ring = Ring.scratch((tiles.rows, stage), b_shape, tiles.stages, 1 + copies_of_b, x.dtype)
     inputs = [groups.tile_experts(rows // groups.tile), groups.used_tiles()[None]]
     inputs += [x, *others] if token is None else [token, x, *others]
-    return launch(body, inputs, out_type, [*ring, staging_type(x.dtype)], name)
+    return launch(body, inputs, out_type, [*ring, staging_type(dtype)], name)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from moe.kernels.groups import Groups
 from moe.kernels.hopper.pipeline import ROWS
@@ -17,7 +17,7 @@ def present() -> bool:
     return any(chip in device.device_kind.split() for chip in CHIPS)
 
 
-def fits(groups: Groups, *operands: Float[Array, "..."]) -> bool:
+def fits(groups: Groups, *operands: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernels take these: numbers of one two-byte type, in widths and tiles that they can cut.
 
     Args:

@@ -53,7 +53,7 @@ def weight_gradient(
     row_tile = tiles.rows // MULTIPLIERS
     rows = (x if x_token is None else y_bar).shape[0]
     tokens = [token for token in (x_token, y_token) if token is not None]
-    gather = RowGather(DEPTH, tiles.rows if y_token is None else tiles.columns)
+    gather = RowGather(DEPTH, tiles.rows if y_token is None else tiles.columns, x.dtype.itemsize)
     if len(tokens) > 1:
         raise ValueError("the rows of one operand at most can be gathered")
 

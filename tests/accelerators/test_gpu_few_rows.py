@@ -1,0 +1,108 @@
+"""On a Hopper GPU: products of few rows, against float64 with the same rounded numbers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from moe.kernels import Groups, hopper, rows_needed
+from moe.kernels.hopper.target import present
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not present(), reason="no Hopper GPU")]
+
+EXPERTS, ASSIGNMENTS, WIDTH, HIDDEN = 12, 80, 512, 384
+SHAPES = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # of the largest number, two roundings at most
+
+# Of each assignment its expert, or none; as loads.
+sizes = st.lists(st.integers(0, EXPERTS), max_size=ASSIGNMENTS).map(
+    lambda expert: np.bincount(expert, minlength=EXPERTS + 1)[:EXPERTS].tolist()
+)
+examples = [
+    example([0] * EXPERTS, 0),
+    example([0] * (EXPERTS - 1) + [ASSIGNMENTS], 0),
+    example([1] * EXPERTS, 0),
+]
+
+
+def with_examples(test):
+    for add in examples:
+        test = add(test)
+    return given(sizes, st.integers(0, 2**16))(test)
+
+
+def swiglu(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def int8(w):
+    """[E, F, D] of int8 and the scale of each column."""
+    scale = np.abs(w).max(axis=1) / 127
+    return np.round(w / scale[:, None]).astype(np.int8).swapaxes(1, 2), scale.astype(np.float32)
+
+
+def drawn(group_sizes, tile, seed):
+    """Matrices, rows with large numbers where nobody may read, and the rows of each expert."""
+    random, places, first = np.random.default_rng(seed), [], 0
+    weights = {
+        name: random.normal(size=(EXPERTS, *shape)) / shape[0] ** 0.5 for name, shape in SHAPES.items()
+    }
+    rows = np.full((rows_needed(ASSIGNMENTS, EXPERTS, tile), WIDTH), 100.0)
+    for size in group_sizes:
+        places.append(slice(first, first + size))
+        rows[places[-1]] = random.normal(size=(size, WIDTH))
+        first += -(-size // tile) * tile
+    return weights, rows, places
+
+
+def check(found, rows, weights, places, tolerance):
+    found = np.asarray(found.astype(jnp.float32), np.float64)
+    for e, mine in enumerate(places):
+        if mine.start == mine.stop:
+            continue
+        expected = swiglu(rows[mine] @ weights["gate"][e], rows[mine] @ weights["up"][e])
+        if "down" in weights:
+            expected = expected @ weights["down"][e]
+        assert np.abs(found[mine] - expected).max() < tolerance * np.abs(expected).max()
+
+
+def rounded(a, dtype):
+    """As the kernel gets it, and the same numbers in float64."""
+    given = jnp.asarray(a, dtype)
+    return given, np.asarray(given.astype(jnp.float32), np.float64)
+
+
+@partial(jax.jit, static_argnames="tile")
+def few_rows(rows, matrices, scales, group_sizes, *, tile):
+    groups = Groups(group_sizes, tile)
+    hidden = hopper.few_rows_swiglu(rows, matrices[0], matrices[1], groups, scales=scales[:2])
+    return hopper.few_rows_product(hidden, matrices[2], groups, scale=scales[2])
+
+
+@pytest.mark.parametrize("tile", [8, 16, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@settings(max_examples=8)
+@with_examples
+def test_few_rows(dtype, tile, group_sizes, seed):
+    weights, rows, places = drawn(group_sizes, tile, seed)
+    x_dtype = "bfloat16" if dtype == "int8" else dtype
+    given_rows, rows = rounded(rows, x_dtype)
+    matrices, scales = [], []
+    for name, w in weights.items():
+        if dtype == "int8":
+            numbers, scale = int8(w)
+            weights[name] = numbers.swapaxes(1, 2) * scale[:, None].astype(np.float64)
+            matrices.append(jnp.asarray(numbers))
+            scales.append(jnp.asarray(scale))
+        else:
+            matrix, weights[name] = rounded(w, dtype)
+            matrices.append(matrix)
+            scales.append(None)
+    arguments = (given_rows, matrices, scales, np.array(group_sizes, np.int32))
+    found = few_rows(*arguments, tile=tile)
+    check(found, rows, weights, places, 2 * TOLERANCE[x_dtype])
+    assert jnp.array_equal(found, few_rows(*arguments, tile=tile), equal_nan=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from moe.dispatch.dispatch import Dispatch
+from moe.dispatch.dispatch import TILE, Dispatch
 from moe.dispatch.dropless import Dropless
 from moe.dispatch.exchange import Exchange
 from moe.dispatch.gather import Gather
-from moe.kernels.touched_mlp import on_cpu, tile_for
+from moe.kernels.touched_mlp import on_cpu, on_tpu, tile_for
 from moe.routing.assignment import Routing
 
 
@@ -24,7 +24,10 @@ class Touched(Dispatch):
         """See `Dispatch`."""
         local_experts, (groups, tokens, width) = len(next(iter(weights.values()))), x.shape
         if not on_cpu():  # where a group of rows costs nothing if it is empty
-            return Dropless().compute(
+            # Of GPUs' kernels; that of TPUs takes groups of any length, and as many rows at a time as divide
+            # the buffer: but for a multiple of 8 it would multiply with every expert.
+            tile = tile_for(routing.expert.size, num_experts) if on_tpu() else TILE
+            return Dropless(tile=tile).compute(
                 x, routing, weights, experts, first_expert, num_experts, keep_outputs=keep_outputs
             )
         dropless = Dropless(tile=tile_for(routing.expert.size, num_experts))

@@ -51,7 +51,7 @@ def reference(x, w_gate, w_up, w_down, expert, plan: Plan) -> Float[Array, "A D"
 
 
 def tile_for(assignments: int, experts: int) -> int:
-    """Rows of a tile on the CPU: a power of two, as many as an expert has in the mean."""
+    """Rows of a tile on CPUs and TPUs: a power of two, as many as an expert has in the mean."""
     mean = -(-assignments // experts)
     return min(max(1 << (mean - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
 
@@ -60,6 +60,12 @@ def on_cpu() -> bool:
     """Whether what is traced now will run on the CPU: by the devices of the mesh, if one is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.platform == "cpu"
+
+
+def on_tpu() -> bool:
+    """The same of TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.platform == "tpu"
 
 
 def _one_by_one(x, w_gate, w_up, w_down, expert, plan):

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from moe.mesh import abstract
 from moe.nn import Transformer, TransformerConfig, build
 
 
@@ -76,15 +77,7 @@ def abstract_state(
     config: TransformerConfig, transformation: optax.GradientTransformation, *, average: bool
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, at no cost: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: initial_state(config, transformation, seed=0, average=average))
-    mesh = jax.sharding.get_mesh()
-
-    def on_devices(x):
-        whole = jax.sharding.PartitionSpec()
-        sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else whole)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(on_devices, shapes)
+    return abstract(lambda: initial_state(config, transformation, seed=0, average=average))
 
 
 def abstract_evaluated(config: TransformerConfig, *, average: bool) -> TrainState:

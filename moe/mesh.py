@@ -14,6 +14,7 @@ hold different experts, those along `sequence` see all of a sequence in attentio
 One device is a mesh of ones; no code asks how many devices there are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -114,6 +115,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
 def spec(*logical: str | None) -> P:
     """The PartitionSpec of logical axis names, by the table."""
     return P(*(_entry(name) for name in logical))
+
+
+def abstract[Tree](make: Callable[[], Tree]) -> Tree:
+    """Shapes, dtypes and shardings of what a function would make on the mesh that is set, at no cost."""
+    mesh = jax.sharding.get_mesh()
+
+    def on_devices(x):
+        sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(on_devices, jax.eval_shape(make))
 
 
 def layouts(tree):

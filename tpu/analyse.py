@@ -18,8 +18,9 @@ from tpu.chips import Place, chip_of
 from tpu.collectives import Mesh, gathered
 from tpu.estimate import Times, times
 from tpu.hlo import Module
+from tpu.lowered import Lowered, Serving, device_bytes
 from tpu.operations import Operation, operations
-from tpu.steps import STEPS, Lowered, balanced_rows, device_bytes
+from tpu.steps import STEPS
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class DoesNotFitError(UserError):
     """The compiler found that a device has too little memory."""
 
 
-def analyse(experiment: Experiment, topology: str, step: str) -> tuple[Analysis, str]:
+def analyse(experiment: Experiment, topology: str, step: str, serving: Serving) -> tuple[Analysis, str]:
     """Compile and analyse one step of an experiment, and give its HLO. Sets the mesh.
 
     Raises:
@@ -116,10 +117,10 @@ def analyse(experiment: Experiment, topology: str, step: str) -> tuple[Analysis,
     """
     chip = chip_of(topology)
     devices = describe(topology)
+    STEPS[step].check(experiment, serving, len(devices))
     mesh = make_mesh(experiment.mesh, devices)
     jax.set_mesh(mesh)
-    experiment.check_devices(len(devices))
-    lowered = STEPS[step].lower(experiment)
+    lowered = STEPS[step].lower(experiment, serving)
     started = time.perf_counter()
     compiled = _compile(lowered)
     seconds = time.perf_counter() - started
@@ -127,7 +128,7 @@ def analyse(experiment: Experiment, topology: str, step: str) -> tuple[Analysis,
     named = Mesh(dict(mesh.shape))
     program = compiled.as_text() or ""
     module = Module.parse(program)
-    found = operations(module, named, balanced_rows(experiment, lowered, mesh))
+    found = operations(module, named, lowered.even)
     loops = [(where, i) for where, i in module.loops() if module.trip_count(where, i) is None]
     analysis = Analysis(
         experiment.name,

@@ -9,7 +9,8 @@ by kind, FLOPs against those that the model should cost, HBM bytes, every collec
 a predicted step time and MFU; `docs/tpu.md` says what the prediction leaves out.
 
     --topology NAME   v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x8: generation and sides in chips
-    --step NAME       which program: train
+    --step NAME       which program: train, or prefill and decode of `generate.py`
+    --slots, --length, --prompt, --cache   what those are laid out for (see `tpu/lowered.py`)
     --sweep           compile for every mesh that the config permits, rank them, name the best
     --axes NAME ...   the mesh axes that a sweep tries; the others stay as they are
     --out FILE        write everything as JSON
@@ -32,7 +33,8 @@ os.environ |= {
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moe.config import load_config, override
@@ -40,13 +42,14 @@ from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from tpu.analyse import analyse
 from tpu.chips import CHIPS, chip_of
+from tpu.lowered import Serving
 from tpu.report import page
 from tpu.steps import STEPS
 from tpu.sweep import sweep
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Serving):
     """What to compile, and for what."""
 
     topology: str = ""
@@ -99,7 +102,9 @@ def main() -> None:
     experiment, description = load_config(path, Experiment)
     experiment = override(experiment, others, prog=f"tpu/compile.py {path}", description=description)
     words = ["uv", "run", "--extra", "tpu", "tpu/compile.py", path, "--topology", options.topology, *others]
-    command = shlex.join([*words, *(["--step", options.step] if options.step != "train" else [])])
+    command = shlex.join(
+        [*words, *(["--step", options.step] if options.step != "train" else []), *serving(options)]
+    )
     if options.sweep:
         layouts = sweep(
             experiment,
@@ -107,17 +112,26 @@ def main() -> None:
             path=path,
             topology=options.topology,
             step=options.step,
-            overrides=others,
+            serving=options,
+            overrides=[*others, *serving(options)],
         )
         results = {"command": f"{command} --sweep --axes {' '.join(options.axes)}", "layouts": layouts}
     else:
-        analysis, program = analyse(experiment, options.topology, options.step)
+        analysis, program = analyse(experiment, options.topology, options.step, options)
         print(page(analysis))
         results = {"command": command, **analysis.json()}
         if options.hlo:
             Path(options.hlo).write_text(program)
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def serving(options: Options) -> Iterator[str]:
+    """The words that say what generation is laid out for."""
+    for field in fields(Serving):
+        value = getattr(options, field.name)
+        if value != field.default:
+            yield from (f"--{field.name}", str(value))
 
 
 def separated(arguments: list[str]) -> tuple[list[str], list[str]]:

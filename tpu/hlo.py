@@ -140,13 +140,17 @@ class Module:
     def trip_count(self, where: Computation, loop: Instruction) -> int | None:
         """How often a `while` runs its body, None where that shows only while running.
 
-        The loops that JAX's `scan` makes count upwards from a constant to another, by one or more.
+        The loops that JAX's `scan` makes count upwards from a constant to another, by one or more. One that
+        something else may end sooner counts with all its runs.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
         condition, body = self.computations[_callee(loop, "condition")], self.body(loop)
         test = condition.root
+        if test.opcode == "and":
+            parts = (condition.instructions[name] for name in test.operands)
+            test = next((part for part in parts if part.opcode == "compare"), test)
         if test.opcode != "compare" or test.attribute("direction") not in ("LT", "LE"):
             return None
         initial = where.instructions[loop.operands[0]]

@@ -21,6 +21,7 @@ FREE = {
     "opt-barrier",
 }
 SLICES = ("dynamic-slice", "slice", "gather")  # read no more of their first operand than they return
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand holds what is put there
 
 # Products of splash attention's kernels for each pair of blocks: scores and output; scores, two gradients of
 # the scores' inputs and two of the values' side; scores again and the queries' gradient.
@@ -57,27 +58,39 @@ class Operation:
     collective: Collective | None = None
 
 
-def operations(module: Module, mesh: Mesh, balanced_rows: float) -> list[Operation]:
+@dataclass(frozen=True)
+class EvenLoads:
+    """What grouped products do on one device when every expert is as likely.
+
+    How much they do shows only while running; their buffer may be larger, to lose no token.
+    """
+
+    rows: float
+    """That they multiply, with the padding of tiles."""
+
+    touched: float = 1.0
+    """Part of the experts here that have rows: XLA's kernel goes from one to the next, past all others."""
+
+
+def operations(module: Module, mesh: Mesh, even: EvenLoads) -> list[Operation]:
     """All operations of a program, in the order in which they run.
 
     Args:
         module: compiled for TPU.
         mesh: its axes.
-        balanced_rows: rows that a grouped product computes on each device when loads are even, with
-            the padding of its tiles. How many it does compute shows only while running; its buffer may be
-            larger, to lose no token.
+        even: what its grouped products do.
     """
     found = []
     for where, instruction, times in module.executed():
         if instruction.opcode in FREE:
             continue
         sent = collective(module, where, instruction, mesh)
-        kind, flops = _products(module, where, instruction, balanced_rows)
+        kind, flops = _products(module, where, instruction, even.rows)
         moved = _bytes(module, where, instruction)
         if sent:
             moved = float(sent.touched)
         elif kind == "experts":
-            moved = _bytes_of_rows(where, instruction, balanced_rows)
+            moved = _grouped_bytes(where, instruction, even)
         found.append(
             Operation(
                 instruction.name,
@@ -117,6 +130,8 @@ def _flops(where: Computation, instruction: Instruction) -> float:
         left = where.operand_shapes(instruction)[0]
         contracted = _numbers(instruction, "lhs_contracting_dims")
         return 2.0 * instruction.shapes[0].size * float(np.prod([left.dims[d] for d in contracted]))
+    if instruction.opcode == "reduce" and instruction.source.endswith("/dot_general"):
+        return 2.0 * where.operand_shapes(instruction)[0].size  # a product too thin for the matrix units
     if instruction.opcode == "convolution":
         return _convolution_flops(where, instruction)
     return 0.0
@@ -185,8 +200,8 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
     written = sum(_hbm(s) for s in instruction.shapes)
     if opcode in SLICES:
         return 2.0 * written
-    if opcode == "dynamic-update-slice":
-        return 2.0 * sum(_hbm(s) for s in operands[1].shapes)
+    if opcode in UPDATES:
+        return 2.0 * sum(_hbm(s) for s in operands[UPDATES[opcode]].shapes)
     return float(written + sum(_hbm(s) for operand in operands for s in operand.shapes))
 
 
@@ -198,9 +213,9 @@ def _fusion_bytes(inner: Computation, instruction: Instruction, operands: list[I
     for root, shape in zip(roots, instruction.shapes, strict=False):
         while root.opcode in ("bitcast", "copy") and root.operands:
             root = inner.instructions[root.operands[0]]
-        if root.opcode == "dynamic-update-slice" and shape.space != FAST:
+        if root.opcode in UPDATES and shape.space != FAST:
             in_place.add(_origin(inner, root.operands[0]))
-            total += inner.instructions[root.operands[1]].shapes[0].bytes
+            total += inner.instructions[root.operands[UPDATES[root.opcode]]].shapes[0].bytes
         else:
             total += _hbm(shape)
     for number, operand in enumerate(operands):
@@ -225,12 +240,20 @@ def _origin(inner: Computation, name: str) -> str:
     return name
 
 
-def _bytes_of_rows(where: Computation, instruction: Instruction, balanced: float) -> float:
-    """Of a grouped product, whose buffer [R, ...] is touched only where there are rows."""
-    buffer = max(s.dims[0] for s in where.operand_shapes(instruction) if len(s.dims) == 2)
-    shapes = [*where.operand_shapes(instruction), *instruction.shapes]
-    used = min(1.0, balanced / buffer)
-    return sum(_hbm(s) * (used if len(s.dims) == 2 and s.dims[0] == buffer else 1.0) for s in shapes)
+def _grouped_bytes(where: Computation, instruction: Instruction, even: EvenLoads) -> float:
+    """Of a grouped product, whose buffer [R, ...] is touched only where there are rows.
+
+    So are the experts' matrices [E, ...] that it reads; one that writes them writes all.
+    """
+    operands = where.operand_shapes(instruction)
+    buffer = max(s.dims[0] for s in operands if len(s.dims) == 2)
+    used = min(1.0, even.rows / buffer)
+
+    def rows_or_all(s: Shape) -> float:
+        return _hbm(s) * (used if len(s.dims) == 2 and s.dims[0] == buffer else 1.0)
+
+    read = sum(_hbm(s) * even.touched if len(s.dims) == 3 else rows_or_all(s) for s in operands)
+    return read + sum(rows_or_all(s) for s in instruction.shapes)
 
 
 def _hbm(shape: Shape) -> int:

@@ -14,6 +14,8 @@ def page(a: Analysis) -> str:
         f"fits, {free / GIB:.1f} GiB free" if a.fits else f"does not fit: {-free / GIB:.1f} GiB too much"
     )
     t, f = a.times, a.flops
+    ops, ops_unit = _unit(f["expected"], {"T": 1e12, "G": 1e9, "M": 1e6})
+    tick, ticks = _unit(t.roofline, {"seconds": 1.0, "milliseconds": 1e-3, "microseconds": 1e-6})
     lines = [
         f"{a.config}  {a.step} step  {a.topology}  {shape}  (compiled in {a.compile_seconds:.0f} s)",
         "",
@@ -21,13 +23,13 @@ def page(a: Analysis) -> str:
         *table([(name, f"{size / GIB:.2f}") for name, size in a.memory.items()]),
         f"  {verdict}",
         "",
-        "FLOPs of a device and step, T",
+        f"FLOPs of a device and step, {ops_unit}",
         *table(
             [
-                ("of the model", f"{f['model'] / 1e12:.2f}"),
-                ("with what is recomputed", f"{f['expected'] / 1e12:.2f}"),
-                ("compiled", f"{f['compiled'] / 1e12:.2f}", f"{f['compiled'] / f['expected'] - 1:+.2%}"),
-                *((f"  {kind}", f"{f[kind] / 1e12:.2f}") for kind in ("matrix", "experts", "attention")),
+                ("of the model", f"{f['model'] / ops:.2f}"),
+                ("with what is computed beyond", f"{f['expected'] / ops:.2f}"),
+                ("compiled", f"{f['compiled'] / ops:.2f}", f"{f['compiled'] / f['expected'] - 1:+.2%}"),
+                *((f"  {kind}", f"{f[kind] / ops:.2f}") for kind in ("matrix", "experts", "attention")),
             ]
         ),
         f"HBM bytes of a device and step  {a.bytes / 1e9:.1f} GB",
@@ -47,14 +49,18 @@ def page(a: Analysis) -> str:
             ]
         ),
         "",
-        "seconds of a step",
+        f"{ticks} of a step",
         *table(
             [
-                ("FLOPs at the peak", f"{t.matrix:.3f}"),
-                ("HBM at full bandwidth", f"{t.hbm:.3f}"),
-                ("collectives at full bandwidth", f"{t.ici:.3f}", f"{t.exposed:.3f} of them waited for"),
-                ("predicted, rooflines", f"{t.roofline:.3f}", f"MFU {a.mfu(t.roofline):.1%}"),
-                ("predicted, compiler's cycles", f"{t.compiler:.3f}", f"MFU {a.mfu(t.compiler):.1%}"),
+                ("FLOPs at the peak", f"{t.matrix / tick:.3f}"),
+                ("HBM at full bandwidth", f"{t.hbm / tick:.3f}"),
+                (
+                    "collectives at full bandwidth",
+                    f"{t.ici / tick:.3f}",
+                    f"{t.exposed / tick:.3f} of them waited for",
+                ),
+                ("predicted, rooflines", f"{t.roofline / tick:.3f}", f"MFU {a.mfu(t.roofline):.1%}"),
+                ("predicted, compiler's cycles", f"{t.compiler / tick:.3f}", f"MFU {a.mfu(t.compiler):.1%}"),
             ]
         ),
         f"bound by {t.bound}; {a.tokens / t.compiler:,.0f} to {a.tokens / t.roofline:,.0f} tokens/s in all",
@@ -66,6 +72,12 @@ def page(a: Analysis) -> str:
     if a.unknown_loops:
         lines.append(f"note: {a.unknown_loops} loops run only if loads are uneven; they count nothing")
     return "\n".join(lines)
+
+
+def _unit(number: float, units: dict[str, float]) -> tuple[float, str]:
+    """The largest of these units in which the number is at least one, and its name; else the smallest."""
+    name = next((name for name, size in units.items() if number >= size), list(units)[-1])
+    return units[name], name
 
 
 def layout(mesh: Mapping[str, int]) -> str:

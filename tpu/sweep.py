@@ -15,12 +15,20 @@ from moe.errors import UserError
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from tpu.analyse import describe
+from tpu.lowered import Serving
 from tpu.report import layout, table
+from tpu.steps import STEPS
 
 COMMAND = Path(__file__).with_name("compile.py")
 
 
-def layouts(experiment: Experiment, devices: list, axes: Sequence[str]) -> list[MeshConfig]:
+def layouts(
+    experiment: Experiment,
+    devices: list,
+    axes: Sequence[str],
+    step: str,
+    serving: Serving,
+) -> list[MeshConfig]:
     """All ways to lay the devices out along these axes that the batch and the model can share.
 
     The other axes stay as the experiment has them; one that takes what is left becomes 1.
@@ -40,7 +48,7 @@ def layouts(experiment: Experiment, devices: list, axes: Sequence[str]) -> list[
         mesh = MeshConfig(**known | dict(zip(axes, lengths, strict=True)))
         try:
             make_mesh(mesh, devices)
-            replace(experiment, mesh=mesh).check_devices(len(devices))
+            STEPS[step].check(replace(experiment, mesh=mesh), serving, len(devices))
         except UserError:
             continue
         found.append(mesh)
@@ -64,6 +72,7 @@ def sweep(
     path: str,
     topology: str,
     step: str,
+    serving: Serving,
     overrides: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Compile for every layout, print them best first, and return what each gave.
@@ -73,7 +82,7 @@ def sweep(
     Raises:
         UserError: no mesh is permitted, or none fits.
     """
-    found = layouts(experiment, describe(topology), axes)
+    found = layouts(experiment, describe(topology), axes, step, serving)
     if not found:
         raise UserError(
             f"no mesh of {topology} divides train.batch_size={experiment.train.batch_size} / "

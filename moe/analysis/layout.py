@@ -234,7 +234,7 @@ def exchange_of(step: Step) -> Exchange:
         return exchange
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     k = _choices(step)
-    return exchange.choose(axis_size("expert"), k, device.platform, keep_outputs=moe.needs_outputs)
+    return exchange.choose(axis_size("expert"), k, device, keep_outputs=moe.needs_outputs)
 
 
 def _choices(step: Step) -> int:

@@ -110,11 +110,13 @@ def _insert(cache: LayerCache, slot, k, v) -> LayerCache:
 
 def _attend(cache: LayerCache, position, q, k, v):
     slots, _, heads, width = q.shape
-    slot = jnp.arange(slots)
+    slot, head = jnp.arange(slots)[:, None], jnp.arange(k.shape[2])
+    # Every vector by itself: for a slice over heads XLA turns the whole cache round on TPU, and back again.
+    place = (slot, head, position[:, None])
 
     def put(heads: Heads, x):
         fresh = Heads.of(x, heads.values.dtype)
-        return jax.tree.map(lambda old, new: old.at[slot, :, position].set(new[:, :, 0]), heads, fresh)
+        return jax.tree.map(lambda old, new: old.at[place].set(new[:, :, 0]), heads, fresh)
 
     cache = LayerCache(put(cache.k, k), put(cache.v, v))
     keys, values = cache.k.at_least(q.dtype), cache.v.at_least(q.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from moe.dispatch.all_to_all import AllToAll
 from moe.dispatch.exchange import Exchange, ExpertWeights, Returned, Work
 from moe.dispatch.gather import Gather
-from moe.dispatch.ragged_all_to_all import RaggedAllToAll
+from moe.dispatch.ragged_all_to_all import RaggedAllToAll, sends_exact_counts
 from moe.dispatch.rounds import Buffers
 from moe.mesh import axis_size
 from moe.routing.assignment import Routing
@@ -21,9 +21,9 @@ class Auto(Exchange):
     """`Gather` where nearly every token has an expert on every device, else an all-to-all.
 
     Under even use a token with k experts has some on 1 - (1 - 1/n)^k of n devices. `AllToAll` sends its
-    buffers, which are larger than that by their room; TPUs send exact counts (`RaggedAllToAll`), which
-    between GPUs makes 3 GB/s; `Gather` sends everything, and packs nothing. Between two H200s all-to-all
-    makes 219 GB/s and all-gather 203, much the same (jax 0.11.2, 2026-11), so bytes decide.
+    buffers, which are larger than that by their room; TPUs but v5e send exact counts (`RaggedAllToAll`),
+    which between GPUs makes 3 GB/s; `Gather` sends everything, and packs nothing. Between two H200s
+    all-to-all makes 219 GB/s and all-gather 203, much the same (jax 0.11.2, 2026-11), so bytes decide.
     """
 
     def __call__(
@@ -32,13 +32,13 @@ class Auto(Exchange):
         """See `Exchange`."""
         device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
         k = -(-routing.expert.shape[1] // x.shape[1])
-        exchange = self.choose(axis_size("expert"), k, device.platform, keep_outputs=work.keep_outputs)
+        exchange = self.choose(axis_size("expert"), k, device, keep_outputs=work.keep_outputs)
         return exchange(work, x, routing, weights)
 
-    def choose(self, devices: int, k: int, platform: str, *, keep_outputs: bool) -> Exchange:
-        """The exchange for that many devices along `expert`, and k assignments a token."""
+    def choose(self, devices: int, k: int, device, *, keep_outputs: bool) -> Exchange:
+        """The exchange for that many such devices along `expert`, and k assignments a token."""
         tokens = 2**16
-        if platform == "tpu":
+        if sends_exact_counts(device):
             exchange, part = RaggedAllToAll(), 1 - (1 - 1 / devices) ** k
         else:
             exchange = AllToAll()

@@ -43,7 +43,7 @@ def touched_mlp(
         expert: of each assignment; beyond the E experts where it has no row.
         plan: its token and its row.
     """
-    if not on_cpu():
+    if platform() != "cpu":
         few = plan.groups.tile <= LARGEST_TILE and _few_rows_fit(x, w_gate, w_up, w_down)
         return (_few_rows if few else reference)(x, w_gate, w_up, w_down, expert, plan)
     compute = _one_by_one if expert.shape[0] <= ONE_BY_ONE else _tile_by_tile
@@ -60,7 +60,8 @@ def tile_for(
 ) -> int | None:
     """Rows of a tile that suit these, or None where `touched_mlp` is no better than `routed_mlp`.
 
-    On the CPU a power of two, as many as an expert has in the mean.
+    On CPUs and TPUs a power of two, as many as an expert has in the mean: the kernel of TPUs takes groups of
+    any length, and as many rows at a time as divide the buffer.
 
     Args:
         assignments: to all experts.
@@ -68,16 +69,15 @@ def tile_for(
         x: the tokens.
         matrices: of the experts here.
     """
-    if not on_cpu():
+    if platform() == "gpu":
         return hopper.few_rows_tile(assignments, experts) if _few_rows_fit(x, *matrices) else None
     mean = -(-assignments // experts)
     return min(max(1 << (mean - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
 
 
-def on_cpu() -> bool:
-    """Whether what is traced now will run on the CPU: by the devices of the mesh, if one is set."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.platform == "cpu"
+def platform() -> str:
+    """Where what is traced now will run, "cpu", "gpu" or "tpu": by the devices of the mesh, if one is set."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
 
 
 def _few_rows_fit(x, *matrices) -> bool:

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from moe.mesh import abstract
 from moe.nn import Transformer, TransformerConfig, build
 from moe.nn.quantized import quantize_params
 from moe.quant import format_named
@@ -78,8 +79,7 @@ def abstract_state(
     config: TransformerConfig, transformation: optax.GradientTransformation, *, average: bool
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, at no cost: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: initial_state(config, transformation, seed=0, average=average))
-    return _on_devices(shapes)
+    return abstract(lambda: initial_state(config, transformation, seed=0, average=average))
 
 
 def abstract_evaluated(config: TransformerConfig, *, average: bool, weights: str = "") -> TrainState:
@@ -90,17 +90,6 @@ def abstract_evaluated(config: TransformerConfig, *, average: bool, weights: str
     """
     state = abstract_state(config, optax.identity(), average=average and not weights)
     if weights:
-        quantized = jax.eval_shape(lambda: quantize_params(state.params, format_named(weights), config.dtype))
-        return replace(state, params=_on_devices(quantized))
+        format = format_named(weights)
+        return replace(state, params=abstract(lambda: quantize_params(state.params, format, config.dtype)))
     return replace(state, params=None) if average else state
-
-
-def _on_devices(shapes):
-    mesh = jax.sharding.get_mesh()
-
-    def one(x):
-        whole = jax.sharding.PartitionSpec()
-        sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else whole)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, shapes)

@@ -15,6 +15,7 @@ from moe.mesh import MeshConfig
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig
 from moe.routing import TopK
 from tpu.analyse import analyse
+from tpu.lowered import Serving
 
 pytestmark = [
     pytest.mark.tpu,
@@ -50,7 +51,7 @@ def no_flags(monkeypatch):
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
 def test_a_train_step_costs_what_the_model_does_and_keeps_experts_apart(topology):
-    analysis, _ = analyse(EXPERIMENT, topology, "train")
+    analysis, _ = analyse(EXPERIMENT, topology, "train", Serving())
     # A dense expansion, or an operation that every device repeats, would show here many times over.
     assert analysis.flops["compiled"] == pytest.approx(analysis.flops["expected"], rel=0.03)
     assert analysis.flops["experts"] > 0
@@ -62,10 +63,32 @@ def test_a_train_step_costs_what_the_model_does_and_keeps_experts_apart(topology
     assert "expert" in axes
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_generation_costs_what_the_model_does_and_copies_no_cache(step, topology):
+    serving = Serving(slots=64, length=2048, prompt=256)
+    analysis, _ = analyse(EXPERIMENT, topology, step, serving)
+    assert analysis.flops["compiled"] == pytest.approx(analysis.flops["expected"], rel=0.03)
+    assert analysis.flops["experts"] > 0
+    assert analysis.gathered_experts == ()
+    # Of 2 kinds, 3 layers, 8 slots of a device, 2048 places, 2 heads of 128 numbers of 2 bytes.
+    assert analysis.memory["cache"] == 2 * 3 * 8 * 2048 * 2 * 128 * 2
+    assert analysis.memory["activations and gradients"] < analysis.memory["cache"] / 2
+    assert analysis.tokens == (64 if step == "decode" else 8 * 256)
+    if step == "decode":  # reads parameters and the cache once, and no expert without tokens
+        assert analysis.bytes < 1.2 * (analysis.memory["parameters"] + analysis.memory["cache"])
+    assert {axis for sent in analysis.collectives for axis in sent.axes.split("+")} >= {"expert"}
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_loop_over_layers_costs_what_the_layers_do_one_by_one(remat):
     looped, unrolled = (
-        analyse(replace(EXPERIMENT, model=replace(MODEL, remat=remat, unroll=unroll)), "v5e:2x4", "train")[0]
+        analyse(
+            replace(EXPERIMENT, model=replace(MODEL, remat=remat, unroll=unroll)),
+            "v5e:2x4",
+            "train",
+            Serving(),
+        )[0]
         for unroll in (False, True)
     )
     assert looped.flops["compiled"] == pytest.approx(unrolled.flops["compiled"], rel=0.01)

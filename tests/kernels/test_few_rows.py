@@ -66,7 +66,7 @@ def test_rows_of_a_tile():
 def test_what_a_decode_step_takes(mesh, format, tokens, kernel, monkeypatch):
     monkeypatch.setattr("moe.kernels.hopper.target.present", lambda: True)
     monkeypatch.setattr("moe.kernels.hopper.few_rows.present", lambda: True)
-    monkeypatch.setattr(import_module("moe.kernels.touched_mlp"), "on_cpu", lambda: False)
+    monkeypatch.setattr(import_module("moe.kernels.touched_mlp"), "platform", lambda: "gpu")
 
     def run(x, token, expert, weight, weights):
         x, token, expert, weight = jax.sharding.reshard((x, token, expert, weight), spec("batch"))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 
 from moe.errors import UserError
 from moe.experiment import Experiment, Train
+from moe.mesh import MeshConfig
 from moe.nn import MoEConfig, TransformerConfig
 from moe.routing import TopK
+from tpu.lowered import Serving
+from tpu.steps import STEPS
 from tpu.sweep import factorings, layouts, ranking
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +27,8 @@ CONFIG = "configs/olmoe_1b_7b.py"
         ((CONFIG, "--topology", "v9:2x2"), "no such chip; choose from v4"),
         ((CONFIG, "--topology", "v6e:2x2x2"), "write v6e:16x16"),
         ((CONFIG,), "--topology v6e:16x16"),
-        ((CONFIG, "--topology", "v6e:2x4", "--step", "decode"), "choose from train"),
+        ((CONFIG, "--topology", "v6e:2x4", "--step", "generate"), "choose from train, prefill, decode"),
+        ((CONFIG, "--topology", "v6e:2x4", "--slots", "-1"), "--slots -1"),
         ((CONFIG, "--topology", "v6e:2x4", "--out", "nowhere/a.json"), "--out nowhere/a.json"),
         ((CONFIG, "--topology", "v6e:2x4", "--model.depth", "3"), "unknown field --model.depth"),
     ],
@@ -51,13 +56,27 @@ EXPERIMENT = Experiment(
 
 
 def test_layouts_are_those_that_model_and_batch_permit():
-    found = layouts(EXPERIMENT, jax.devices()[:8], ("data", "expert"))
+    found = layouts(EXPERIMENT, jax.devices()[:8], ("data", "expert"), "train", Serving())
     assert [(mesh.data, mesh.expert) for mesh in found] == [(2, 4), (4, 2), (8, 1)]  # 4 experts, not 8
+
+
+@pytest.mark.parametrize(
+    ("experiment", "serving", "named"),
+    [
+        (replace(EXPERIMENT, mesh=MeshConfig(tensor=2)), Serving(), "mesh.tensor=2"),
+        (replace(EXPERIMENT, mesh=MeshConfig(expert=8)), Serving(), "mesh.expert=8"),
+        (EXPERIMENT, Serving(slots=12), "--slots 12"),
+        (EXPERIMENT, Serving(length=64, prompt=65), "--prompt 65"),
+    ],
+)
+def test_generation_says_what_devices_cannot_share(experiment, serving, named):
+    with pytest.raises(UserError, match=named):
+        STEPS["decode"].check(experiment, serving, 8)
 
 
 def test_a_sweep_of_an_axis_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--axes pipeline"):
-        layouts(EXPERIMENT, jax.devices()[:8], ("pipeline",))
+        layouts(EXPERIMENT, jax.devices()[:8], ("pipeline",), "train", Serving())
 
 
 def test_the_ranking_names_what_failed():

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpu.collectives import Mesh
 from tpu.hlo import Module, Shape
-from tpu.operations import operations
+from tpu.operations import EvenLoads, operations
 
 LOOP = """HloModule jit_f, is_scheduled=true
 
@@ -66,6 +66,17 @@ def test_a_loop_without_a_constant_end_is_unknown():
     assert "y" not in {i.name for _, i, times in module.executed() if times}
 
 
+def test_a_loop_that_may_end_sooner_counts_with_all_its_runs():
+    both = "%more = pred[] all-reduce(%any)\n  ROOT %both = pred[] and(%lt, %more)"
+    text = LOOP.replace(
+        "ROOT %lt = pred[] compare(%i.1, %n.1), direction=LT",
+        f"%lt = pred[] compare(%i.1, %n.1), direction=LT\n  {both}",
+    )
+    module = Module.parse(text.replace("FIRST", "0").replace("STEP", "1"))
+    main = module.computations["main"]
+    assert module.trip_count(main, main.instructions["while.3"]) == 10
+
+
 def test_an_instruction_is_read_whole():
     module = Module.parse(LOOP.replace("FIRST", "0").replace("STEP", "1"))
     body = module.computations["body"]
@@ -98,7 +109,7 @@ def test_flops_of_a_scan_are_those_of_all_its_runs(unroll):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w, unroll=unroll)[0].sum()
 
     program = jax.jit(jax.grad(forward, argnums=1)).lower(jnp.ones((16, 32)), jnp.ones((6, 32, 32))).compile()
-    found = operations(Module.parse(program.as_text()), Mesh({"data": 1}), 0.0)
+    found = operations(Module.parse(program.as_text()), Mesh({"data": 1}), EvenLoads(0.0))
     # Forward once, backward twice, of which the input's gradient is not asked for at the first layer; in a
     # loop it is computed there too.
     runs = 6 + 6 + (5 if unroll else 6)
@@ -124,7 +135,9 @@ def test_collectives_are_named_by_their_axes():
         )(x)
 
     x = jax.device_put(np.ones((64, 128), np.float32), NamedSharding(mesh, P(("data", "expert"))))
-    found = operations(Module.parse(jax.jit(step).lower(x).compile().as_text()), Mesh(dict(mesh.shape)), 0.0)
+    found = operations(
+        Module.parse(jax.jit(step).lower(x).compile().as_text()), Mesh(dict(mesh.shape)), EvenLoads(0.0)
+    )
     sent = {(o.collective.kind, o.collective.axes): (o.times, o.collective) for o in found if o.collective}
     assert set(sent) == {
         ("all-reduce", ("data",)),

@@ -6,15 +6,17 @@ from tpu.chips import CHIPS, Place
 from tpu.collectives import Mesh
 from tpu.estimate import times
 from tpu.hlo import Module
-from tpu.operations import Operation, operations
+from tpu.operations import EvenLoads, Operation, operations
 
 MESH = Mesh({"data": 1, "expert": 4})
 
 
-def found(*lines: str, computations: str = "", rows: float = 0.0) -> dict[str, Operation]:
+def found(
+    *lines: str, computations: str = "", rows: float = 0.0, touched: float = 1.0
+) -> dict[str, Operation]:
     """Operations of an ENTRY of these lines."""
     module = program(*lines, computations=computations)
-    return {o.name: o for o in operations(module, MESH, rows)}
+    return {o.name: o for o in operations(module, MESH, EvenLoads(rows, touched))}
 
 
 def program(*lines: str, computations: str = "") -> Module:
@@ -32,6 +34,28 @@ def test_a_product_of_matrices():
     assert ops["c"].kind == "matrix"
     assert ops["c"].flops == 2 * 8192 * 2048 * 1024
     assert ops["c"].bytes == 2 * (8192 * 2048 + 2048 * 1024 + 8192 * 1024)
+
+
+def test_a_product_too_thin_for_the_matrix_units_counts_too():
+    scores = 'metadata={op_name="jit(step)/shard_map/bgrh,bgsh->bgrs/dot_general"}'
+    ops = found(
+        "%qk = f32[8,16,4096,128]{3,2,1,0} parameter(0)",
+        "%zero = f32[] constant(0)",
+        f"%scores = f32[8,16,4096]{{2,1,0}} reduce(%qk, %zero), dimensions={{3}}, to_apply=%add, {scores}",
+        "%sum = f32[8,16]{1,0} reduce(%scores, %zero), dimensions={2}, to_apply=%add",
+    )
+    assert ops["scores"].flops == 2 * 8 * 16 * 4096 * 128
+    assert ops["sum"].flops == 0
+
+
+def test_a_scatter_moves_what_it_puts():
+    ops = found(
+        "%cache = bf16[8,16,4096,128]{3,2,1,0} parameter(0)",
+        "%places = s32[128,3]{1,0} parameter(1)",
+        "%new = bf16[128,128]{1,0} parameter(2)",
+        "%put = bf16[8,16,4096,128]{3,2,1,0} scatter(%cache, %places, %new), to_apply=%second",
+    )
+    assert ops["put"].bytes == 2 * 2 * 128 * 128
 
 
 @pytest.mark.parametrize(
@@ -88,6 +112,12 @@ def test_a_grouped_product_costs_the_rows_of_balanced_experts_not_its_buffer():
     assert op.kind == "experts"
     assert op.flops == 2 * 65536 * 2048 * 1024
     assert op.bytes == pytest.approx(2 * (65536 * 2048 + 65536 * 1024 + 16 * 2048 * 1024) + 17 * 4)
+
+
+def test_a_grouped_product_reads_the_matrices_of_experts_in_use_only():
+    call = "%ragged-dot-none.1 = bf16[264192,1024]{1,0} custom-call(%sizes, %rows, %w)"
+    op = found(*GROUPED, call, rows=64, touched=0.25)["ragged-dot-none.1"]
+    assert op.bytes == pytest.approx(2 * (64 * 2048 + 64 * 1024 + 4 * 2048 * 1024) + 17 * 4)
 
 
 def test_a_weight_gradient_costs_as_much_as_the_product():
@@ -156,7 +186,9 @@ def test_time_goes_along_the_schedule():
         "%c = bf16[4096,4096]{1,0} all-reduce(%b), replica_groups=[1,4]<=[4]",
     )
     module = program(*lines)
-    estimate = times(module, operations(module, MESH, 0.0), chip, [Place((i, 0)) for i in range(4)])
+    estimate = times(
+        module, operations(module, MESH, EvenLoads(0.0)), chip, [Place((i, 0)) for i in range(4)]
+    )
     product, payload = 2 * 4096**3 / chip.peak_flops, 4096 * 4096 * 2
     gather = 4 * payload * 3 / 4 / chip.link_bandwidth
     reduce = 2 * payload * 3 / 4 / chip.link_bandwidth

@@ -7,10 +7,11 @@ from moe.nn.moe_config import MoEConfig
 from moe.nn.moe_layer import MoELayer
 from moe.nn.router import CosineRouter, LinearRouter, MLPRouter, Router
 from moe.nn.transformer import Transformer, TransformerConfig, build, structure
-from moe.nn.upcycle import Init, Upcycle
+from moe.nn.upcycle import Continue, Init, Upcycle
 
 __all__ = [
     "AttentionConfig",
+    "Continue",
     "CosineRouter",
     "FreeExperts",
     "Init",

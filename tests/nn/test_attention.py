@@ -46,7 +46,7 @@ def test_against_query_by_query(one_device, config):
 
 @partial(jax.jit, static_argnames="theta")
 def turned(x, position, theta):
-    return rotate(x[None, None, None], jnp.asarray(position)[None], theta)[0, 0, 0]
+    return rotate(x[None, None, None], jnp.asarray(position)[None], theta, x.shape[-1])[0, 0, 0]
 
 
 @given(

@@ -3,14 +3,16 @@
     uv run export.py runs/quickstart --to hf --out exports/quickstart --verify
     uv run export.py --from hf exports/quickstart --out runs/again
 
-The first writes a Hugging Face checkpoint of the architecture that carries the model; the second makes a run
-of one, which eval.py measures and from which train.py goes on: --init "Continue(run='runs/again')".
+    uv run --extra gguf export.py runs/quickstart --to gguf --quantize q8_0 --out exports/quickstart.gguf
+
+A run leaves as a checkpoint of the architecture that carries its model. What comes in becomes a run that
+eval.py measures and from which train.py goes on: --init "Continue(run='runs/again')".
 """
 
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,11 @@ from moe.experiment import Experiment, Train
 from moe.export.architecture import Architecture, choose
 from moe.export.architectures import ARCHITECTURES
 from moe.export.assemble import assemble
-from moe.export.card import evaluation, model_card
-from moe.export.finished import finished_folder
+from moe.export.card import Quality, evaluation, model_card
+from moe.export.finished import finished_file, finished_folder
 from moe.export.hugging_face import Precision, Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config, read_tokenizer
-from moe.export.serving import HUGGING_FACE, told
+from moe.export.serving import GGUF, HUGGING_FACE, told
 from moe.export.verify import client_answer, compare, our_answer, python_with
 from moe.export.weights import CheckpointWeights, find_checkpoint
 from moe.mesh import MeshConfig, make_mesh
@@ -47,11 +49,11 @@ say = Console(highlight=False, soft_wrap=True).print
 class Export:
     """What to write, and how."""
 
-    to: Literal["hf"] = "hf"
-    """The format: hf is a Hugging Face checkpoint (safetensors)."""
+    to: Literal["hf", "gguf"] = "hf"
+    """The format: hf is a Hugging Face checkpoint (a folder of safetensors), gguf a file for llama.cpp."""
 
     out: str = ""
-    """Folder to write, which must not exist yet."""
+    """Folder or file to write, which must not exist yet."""
 
     checkpoint: str = "last"
     """`last`, `best` (lowest validation loss while training) or a step."""
@@ -61,6 +63,9 @@ class Export:
 
     precision: Precision = "float32"
     """Of the weights. float32 keeps every bit of them."""
+
+    quantize: Literal["", "q8_0"] = ""
+    """For gguf: q8_0 stores matrices in 8 bits."""
 
     shard_gb: float = 5.0
     """A new safetensors file begins where one would grow beyond this."""
@@ -74,6 +79,10 @@ class Export:
     def __post_init__(self):
         if not self.shard_gb > 0:
             raise UserError(f"--shard-gb {self.shard_gb} must be more than 0")
+        if self.quantize and self.to != "gguf":
+            raise UserError(f"--quantize {self.quantize} is for --to gguf")
+        if self.to == "gguf" and self.precision == "bfloat16":
+            raise UserError("--precision bfloat16 is for --to hf; llama.cpp takes float32 or float16")
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,9 @@ class Import:
     end_of_text: str = ""
     """The token between documents; by default the end-of-sequence token that the checkpoint names."""
 
-    data: Data = field(default_factory=lambda: Data(sequence_length=256))
-    """What eval.py will measure it on; the tokenizer is always the checkpoint's."""
+    data: Data = field(default_factory=Data)
+    """What eval.py will measure it on, in sequences no longer than the checkpoint's own; the tokenizer is
+    always the checkpoint's."""
 
 
 def main() -> None:
@@ -109,8 +119,19 @@ def main() -> None:
     hand_out(Path(arguments[0]), _given(options.out), options)
 
 
+class Job(NamedTuple):
+    """A run on its way out."""
+
+    experiment: Experiment
+    architecture: Architecture
+    weights: CheckpointWeights
+    text: Text
+    out: Path
+    options: Export
+
+
 def hand_out(directory: Path, out: Path, options: Export) -> None:
-    """Write a run's checkpoint as a Hugging Face checkpoint."""
+    """Write a run's checkpoint in the format asked for, tell how to serve it, and verify it."""
     experiment = read_experiment(directory)
     for what in experiment.model.looks_ahead:
         raise UserError(f"{what} lets tokens see later ones: the model cannot generate, so nothing serves it")
@@ -119,6 +140,20 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     dataset = prepare(experiment.data)
     weights = CheckpointWeights(find_checkpoint(directory, experiment.checkpoints, options.checkpoint))
     text = Text(dataset.tokenizer, experiment.data.tokenizer.end_of_text, experiment.data.sequence_length)
+    job = Job(experiment, architecture, weights, text, out, options)
+
+    write, engines = {"hf": (write_hugging_face, HUGGING_FACE), "gguf": (write_llama_cpp, GGUF)}[options.to]
+    write(job, evaluation(directory, weights.step))
+    say(f"written: {out}, step {weights.step} as {architecture.class_name}")
+    for line in told(engines, out):
+        say(line)
+    if options.verify:
+        verify(job, validation_prompts(dataset, experiment.data.sequence_length))
+
+
+def write_hugging_face(job: Job, quality: Quality) -> None:
+    """A folder with safetensors, configs, tokenizer and model card."""
+    experiment, architecture, weights, text, out, options = job
     with finished_folder(out) as folder:
         write_checkpoint(
             folder,
@@ -134,34 +169,55 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
             architecture,
             step=weights.step,
             averaged=weights.averaged,
-            quality=evaluation(directory, weights.step),
+            quality=quality,
             engines=HUGGING_FACE,
             path=out,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    say(f"written: {out}, step {weights.step} as {architecture.class_name} in {options.precision}")
-    for line in told(HUGGING_FACE, out):
-        say(line)
-    if options.verify:
-        verify(experiment, weights, dataset, out, options)
 
 
-def verify(
-    experiment: Experiment, weights: CheckpointWeights, dataset: Dataset, out: Path, options: Export
-) -> None:
-    """Compare what transformers says with what the run's model says.
+def write_llama_cpp(job: Job, quality: Quality) -> None:
+    """One GGUF file."""
+    try:
+        from moe.export.gguf_file import write_gguf
+    except ModuleNotFoundError as error:
+        raise UserError(f"--to gguf needs {error.name}: uv run --extra gguf export.py ...") from error
+    experiment, architecture, weights, text, out, options = job
+    precision = "q8_0" if options.quantize else "float16" if options.precision == "float16" else "float32"
+    with finished_file(out) as path:
+        write_gguf(
+            path,
+            architecture,
+            experiment.model,
+            weights.read,
+            text,
+            name=experiment.name,
+            precision=precision,
+        )
+
+
+def verify(job: Job, prompts: np.ndarray) -> None:
+    """Compare what the export's client says with what the run's model says.
 
     Raises:
-        UserError: they differ, or there is no transformers.
+        UserError: they differ, or the client is not there.
     """
-    candidates = [Path(options.python)] if options.python else [PEERS / "transformers" / "bin" / "python"]
-    python = python_with("transformers", candidates)
-    prompts = validation_prompts(dataset, experiment.data.sequence_length)
-    ours = our_answer(experiment.model, weights.read, prompts, NEW_TOKENS)
-    found = compare(prompts, ours, client_answer("run_transformers", python, out, prompts, NEW_TOKENS))
-    if not found.agrees:
-        raise UserError(f"{out} in transformers: {found}; see docs/export.md for what may explain it")
-    say(f"verified in transformers, float32: {found}")
+    options, read, exact = job.options, job.weights.read, True
+    if options.to == "hf":
+        client, package, peers = "run_transformers", "transformers", "transformers"
+        # Rounded weights are compared with what our model makes of them.
+        config = read_config(job.out)
+        read = HuggingFaceWeights(job.out, job.architecture, config).read
+    else:
+        client, package, peers = "run_llama_cpp", "llama_cpp", "llama_cpp"
+        exact = options.precision == "float32" and not options.quantize
+    named = [Path(options.python)] if options.python else []
+    python = python_with(package, [*named, PEERS / peers / "bin" / "python"])
+    ours = our_answer(job.experiment.model, read, prompts, NEW_TOKENS)
+    found = compare(prompts, ours, client_answer(client, python, job.out, prompts, NEW_TOKENS))
+    if not (found.exact if exact else found.close):
+        raise UserError(f"{job.out} in {package}: {found}; see docs/export.md for what may explain it")
+    say(f"verified in {package}: {found}")
 
 
 def validation_prompts(dataset: Dataset, length: int) -> np.ndarray:
@@ -181,7 +237,8 @@ def take_in(folder: Path, out: Path, options: Import) -> None:
     jax.set_mesh(make_mesh(MeshConfig()))
     weights = HuggingFaceWeights(folder, architecture, config)
     tokenizer = read_tokenizer(folder, model, options.end_of_text)
-    data = replace(options.data, tokenizer=tokenizer)
+    length = min(options.data.sequence_length, config.get("max_position_embeddings") or sys.maxsize)
+    data = replace(options.data, tokenizer=tokenizer, sequence_length=length)
     fingerprint = prepare(data).fingerprint
     weights.check_zeros()
     experiment = Experiment(

@@ -1,7 +1,7 @@
 """An architecture of the Hugging Face hub: what it can carry, read off its declaration."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 from moe.balance import LossFreeBias
@@ -34,6 +34,32 @@ class Lens(Protocol):
 
 
 @dataclass(frozen=True)
+class LlamaCpp:
+    """What llama.cpp's code for an architecture takes for granted."""
+
+    name: str
+    """What it calls it."""
+
+    renormalizes: bool | None
+    """Whether combine weights are divided by their sum; None where the file says."""
+
+    dense: bool = False
+    """Whether it can have dense layers."""
+
+    whole_heads: bool = False
+    """Whether all heads together must be as wide as the model."""
+
+    own_head: bool = False
+    """Whether the output head must be a tensor of its own."""
+
+    interleaved: bool = False
+    """Whether rotary positions pair neighbouring dimensions, not the halves of a head."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors that are not the usual ones, by ours."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How models of one architecture say in config.json and in tensors what ours say.
 
@@ -53,8 +79,8 @@ class Architecture:
     tensors: tuple[Tensor, ...]
     """What the weights are called, and how they lie."""
 
-    gguf: str
-    """What llama.cpp calls it."""
+    llama_cpp: LlamaCpp
+    """What llama.cpp makes of it."""
 
     def config(self, model: TransformerConfig) -> dict[str, Any]:
         """The keys of config.json that describe a model."""
@@ -179,8 +205,6 @@ def _differences(name: str, ours: Any, carried: Any) -> list[str]:
         return [f"{name}={ours}"]
     return [
         line
-        for field in fields(ours)
-        for line in _differences(
-            f"{name}.{field.name}", getattr(ours, field.name), getattr(carried, field.name)
-        )
+        for part in fields(ours)
+        for line in _differences(f"{name}.{part.name}", getattr(ours, part.name), getattr(carried, part.name))
     ]

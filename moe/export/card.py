@@ -8,6 +8,9 @@ from moe.experiment import Experiment
 from moe.export.architecture import ABSENT, Architecture
 from moe.export.serving import Engine, told
 
+Quality = dict[str, dict[str, float]]
+"""For each slice of the validation data, and for `all`, loss and bits per byte; may be empty."""
+
 
 def model_card(
     experiment: Experiment,
@@ -15,7 +18,7 @@ def model_card(
     *,
     step: int,
     averaged: bool,
-    quality: dict[str, dict[str, float]],
+    quality: Quality,
     engines: tuple[Engine, ...],
     path: Path,
 ) -> str:
@@ -26,7 +29,7 @@ def model_card(
         architecture: that carries it.
         step: of the checkpoint.
         averaged: whether the weights are the moving average.
-        quality: for each slice of the validation data, and for `all`, loss and bits per byte; may be empty.
+        quality: what was measured.
         engines: that load it.
         path: of the export.
     """
@@ -66,14 +69,14 @@ def model_card(
     return "\n".join(lines)
 
 
-def evaluation(directory: Path, step: int) -> dict[str, dict[str, float]]:
+def evaluation(directory: Path, step: int) -> Quality:
     """What `eval.py`, or else the run itself, measured at a step: loss and bits per byte of each slice."""
     report = directory / "report" / "eval.json"
     if report.is_file():
         found = json.loads(report.read_text())
         if found["step"] == step:
             return {**found["slices"], "all": found["total"]}
-    quality: dict[str, dict[str, float]] = {}
+    quality: Quality = {}
     metrics = directory / "metrics.jsonl"
     for line in metrics.read_text().splitlines() if metrics.is_file() else ():
         scalars = json.loads(line)

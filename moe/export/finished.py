@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is finished."""
+"""A folder or a file that appears under its name only when it is finished."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,22 +11,36 @@ WRITING = ".writing"
 
 
 @contextmanager
-def finished_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`, which takes its name at the end if nothing went wrong.
+def finished_folder(out: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `out`, which takes its name at the end if nothing went wrong.
 
     Raises:
-        UserError: there is such a folder already, or it cannot be made.
+        UserError: `out` is there already, or the folder cannot be made.
     """
-    if folder.exists():
-        raise UserError(f"{folder} is there already; give another --out, or remove it")
-    temporary = folder.with_name(folder.name + WRITING)
+    with _temporary(out) as folder:
+        yield folder
+        folder.rename(out)
+
+
+@contextmanager
+def finished_file(out: Path) -> Iterator[Path]:
+    """The same for a file: gives its path in a temporary folder."""
+    with _temporary(out) as folder:
+        yield folder / out.name
+        (folder / out.name).rename(out)
+
+
+@contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    if out.exists():
+        raise UserError(f"{out} is there already; give another --out, or remove it")
+    folder = out.with_name(out.name + WRITING)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-        temporary.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write {temporary}: {error.strerror}; give another --out") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}; give another --out") from error
     try:
-        yield temporary
-        temporary.rename(folder)
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

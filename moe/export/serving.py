@@ -30,6 +30,11 @@ HUGGING_FACE = (
     Engine("TensorRT-LLM", "trtllm-serve {path}", UNTESTED),
 )
 
+GGUF = (
+    Engine("llama.cpp", "llama-server -m {path}", "tested with 0.3.36 of llama-cpp-python"),
+    Engine("Ollama", "ollama create NAME -f Modelfile, which says FROM {path}", UNTESTED),
+)
+
 
 def told(engines: tuple[Engine, ...], path: Path) -> list[str]:
     """A line for each engine: its name, the command, what was tested."""

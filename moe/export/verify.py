@@ -25,6 +25,8 @@ from moe.nn import TransformerConfig
 CLIENTS = Path(__file__).parent / "clients"
 TOLERANCE = 1e-5
 """Largest difference of two log-probabilities in float32."""
+LOSS_TOLERANCE = 0.02
+"""Largest difference of the mean loss (nats a token) where precision is lower."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Comparison:
     vocabulary: float
     """The same over the whole vocabulary, relative where a log-probability is below -1."""
 
+    loss: float
+    """Theirs on the prompts less ours (nats a token)."""
+
     same_greedy: float
     """Share of the continuations that are the same to the last token."""
 
@@ -55,24 +60,36 @@ class Comparison:
     """Places of the prompts at which they were compared."""
 
     @property
-    def agrees(self) -> bool:
+    def exact(self) -> bool:
         """Whether they are the same up to the rounding of float32."""
         return max(self.text, self.vocabulary) <= TOLERANCE and self.same_greedy == 1.0
+
+    @property
+    def close(self) -> bool:
+        """Whether they are as good as each other: for weights or activations of lower precision."""
+        return abs(self.loss) <= LOSS_TOLERANCE
 
     def __str__(self) -> str:
         return (
             f"log-probabilities of {self.places} tokens differ by {self.text:.1e} at most, those of the "
-            f"whole vocabulary by {self.vocabulary:.1e}; {self.same_greedy:.0%} of greedy texts are the same"
+            f"whole vocabulary by {self.vocabulary:.1e}, the mean loss by {self.loss:+.1e}; "
+            f"{self.same_greedy:.0%} of greedy texts are the same"
         )
 
 
 def compare(prompts: Int[np.ndarray, "B S"], ours: Answer, theirs: Answer) -> Comparison:
     """Two answers to the same prompts."""
-    difference = np.abs(ours.log_probabilities - theirs.log_probabilities)
+    difference = ours.log_probabilities - theirs.log_probabilities
     text = np.take_along_axis(difference[:, :-1], prompts[:, 1:, None], axis=-1)
-    relative = difference / np.maximum(1.0, np.abs(ours.log_probabilities))
+    relative = np.abs(difference) / np.maximum(1.0, np.abs(ours.log_probabilities))
     same = (ours.greedy == theirs.greedy).all(axis=1).mean()
-    return Comparison(float(text.max()), float(relative.max()), float(same), text.size)
+    return Comparison(
+        text=float(np.abs(text).max()),
+        vocabulary=float(relative.max()),
+        loss=float(text.mean()),
+        same_greedy=float(same),
+        places=text.size,
+    )
 
 
 def our_answer(

@@ -62,7 +62,7 @@ SIGMOID = replace(EXPERTS, routing=TopK(k=2, scores="sigmoid"), balance=())
         (replace(BODY, moe=replace(EXPERTS, routing=TopP())), "model.moe.routing=TopP("),
         (replace(BODY, moe=replace(EXPERTS, routing=ExpertChoice())), "model.moe.routing=ExpertChoice("),
         (replace(BODY, moe=replace(EXPERTS, router=CosineRouter())), "model.moe.router=CosineRouter("),
-        (replace(BODY, moe=replace(EXPERTS, balance=(LossFreeBias(),))), "model.moe.balance=(LossFreeBias("),
+        (replace(BODY, moe=replace(EXPERTS, balance=(LossFreeBias(),))), "model.moe.routing.scores=softmax"),
         (
             replace(BODY, moe=replace(EXPERTS, free_experts=FreeExperts(zero=1))),
             "model.moe.free_experts.zero=1",

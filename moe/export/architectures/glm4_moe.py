@@ -1,6 +1,6 @@
 """GLM-4.5 (2508.06471): sigmoid scores with a bias in the choice, shared experts, dense first layers."""
 
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.keys import BODY, BiasedSigmoid, DenseFirst, HeadNorm, HeadWidth, Key, Rope, SharedCount
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS, SCORE_BIAS, feed_forward
 
@@ -32,5 +32,10 @@ GLM4_MOE = Architecture(
         *SCORE_BIAS,
         *feed_forward("mlp.shared_experts", "moe/shared"),
     ),
-    gguf="glm4moe",
+    llama_cpp=LlamaCpp(
+        "glm4moe",
+        renormalizes=None,
+        dense=True,
+        renamed={"feed_forward_norm/scale": "post_attention_norm.weight"},
+    ),
 )

@@ -1,6 +1,6 @@
 """Mixtral (2401.04088): softmax scores of the chosen experts, no norm on queries and keys."""
 
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.keys import BODY, AllOfOneKind, Always, Field, HeadWidth, Key, Rope
 from moe.export.tensors import (
     ATTENTION,
@@ -38,5 +38,5 @@ MIXTRAL = Architecture(
         Tensor(f"{EXPERT}.w3.weight", "moe/experts/w_up", TRANSPOSED, fused=FUSED_UP),
         Tensor(f"{EXPERT}.w2.weight", "moe/experts/w_down", TRANSPOSED, fused=FUSED_DOWN),
     ),
-    gguf="llama",
+    llama_cpp=LlamaCpp("llama", renormalizes=True, interleaved=True),
 )

@@ -1,6 +1,6 @@
 """OLMoE (2409.02060): softmax scores, one norm over all heads' queries and one over their keys."""
 
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.keys import BODY, AllOfOneKind, Always, Field, HeadWidth, Key, Rope
 from moe.export.tensors import ATTENTION, EXPERTS, MODEL, NORMS
 
@@ -21,5 +21,5 @@ OLMOE = Architecture(
         Key("norm_topk_prob", "moe.routing.renormalize", False),
     ),
     tensors=(*MODEL, *NORMS, *ATTENTION, *EXPERTS),
-    gguf="olmoe",
+    llama_cpp=LlamaCpp("olmoe", renormalizes=False, whole_heads=True, own_head=True),
 )

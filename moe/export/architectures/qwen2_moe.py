@@ -1,6 +1,6 @@
 """Qwen2-MoE (2407.10671): softmax scores, a gated shared expert, biases on queries, keys and values."""
 
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.keys import BODY, Always, DenseAnywhere, HeadWidth, Key, Rope, SharedWidth
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS, TRANSPOSED, Tensor, feed_forward
 
@@ -30,5 +30,5 @@ QWEN2_MOE = Architecture(
         *feed_forward("mlp.shared_expert", "moe/shared"),
         Tensor("mlp.shared_expert_gate.weight", "moe/shared/w_shared_gate", TRANSPOSED),
     ),
-    gguf="qwen2moe",
+    llama_cpp=LlamaCpp("qwen2moe", renormalizes=False, whole_heads=True, own_head=True),
 )

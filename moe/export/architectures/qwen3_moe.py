@@ -1,6 +1,6 @@
 """Qwen3-MoE (2505.09388): softmax scores, a norm on each head's queries and keys."""
 
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.keys import BODY, Always, DenseAnywhere, Field, HeadWidth, Key, Rope
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS
 
@@ -22,5 +22,5 @@ QWEN3_MOE = Architecture(
         Key("norm_topk_prob", "moe.routing.renormalize", False),
     ),
     tensors=(*MODEL, *NORMS, *ATTENTION, *DENSE, *EXPERTS),
-    gguf="qwen3moe",
+    llama_cpp=LlamaCpp("qwen3moe", renormalizes=True),
 )

@@ -2,6 +2,7 @@
 
 from moe.nn.attention import AttentionConfig
 from moe.nn.free_experts import FreeExperts
+from moe.nn.latent_attention import LatentAttentionConfig
 from moe.nn.layout import check_layout
 from moe.nn.moe_config import MoEConfig
 from moe.nn.moe_layer import MoELayer
@@ -15,6 +16,7 @@ __all__ = [
     "CosineRouter",
     "FreeExperts",
     "Init",
+    "LatentAttentionConfig",
     "LinearRouter",
     "MLPRouter",
     "MoEConfig",

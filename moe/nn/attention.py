@@ -66,6 +66,40 @@ class AttentionConfig:
         """Dimensions of a head that are rotated."""
         return int(self.head_width * self.rotary_fraction)
 
+    @property
+    def value_width(self) -> int:
+        """Width of a head's values."""
+        return self.head_width
+
+    @property
+    def projected_width(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers that a token leaves behind for those that are decoded after it."""
+        return 2 * self.kv_heads * self.head_width
+
+    @property
+    def decoded_width(self) -> int:
+        """Multiply-adds of one head with one token that was left behind: its score, its part of the sum."""
+        return 2 * self.head_width
+
+    def build(
+        self, width: int, *, out_std: float, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> "Attention":
+        """The module of one layer.
+
+        Args:
+            width: of the tokens, D.
+            out_std: factor on the initial deviation of the output matrix.
+            epsilon: of norms.
+            dtype: of activations and products.
+            rngs: randomness of the initial values.
+        """
+        return Attention(self, width, out_std=out_std, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
 
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(head width)) v over earlier tokens of the sequence."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from moe.balance import LossFreeBias
 from moe.dispatch import Dropless
 from moe.errors import UserError, one_line
+from moe.export.attention_keys import Latents
 from moe.export.keys import Key, Ours, Theirs
 from moe.export.tensors import Tensor
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig
@@ -47,7 +48,10 @@ class LlamaCpp:
     """Whether it can have dense layers."""
 
     whole_heads: bool = False
-    """Whether all heads together must be as wide as the model."""
+    """Whether all query heads together must be as wide as the model."""
+
+    whole_keys: bool = False
+    """Whether all key heads must be, too."""
 
     own_head: bool = False
     """Whether the output head must be a tensor of its own."""
@@ -126,10 +130,15 @@ class Architecture:
 
     def missing(self, model: TransformerConfig) -> list[str]:
         """Features of a model that the architecture has no words for, such as `model.moe.latent_width=64`."""
+        mixture = any(getattr(lens, "ours", "").startswith("moe.") for lens in self.keys)
+        if mixture and not model.moe_layers:
+            return [f"model.layers={model.layers}"]  # all dense, which engines do not expect of a mixture
         for lens in self.keys:
-            if isinstance(lens, Key) and not lens.write(model):
+            if isinstance(lens, Key | Latents) and not lens.write(model):
                 return [_feature(model, lens.ours)]
-        return _differences("model", essence(model), essence(self.model(self.config(model))))
+        carried = self.model(self.config(model))
+        layers = [] if carried.layers == model.layers else [f"model.layers={model.layers}"]
+        return layers + _differences("model", essence(model), essence(replace(carried, layers=model.layers)))
 
 
 def essence(model: TransformerConfig) -> TransformerConfig:
@@ -160,17 +169,25 @@ def choose(architectures: Sequence[Architecture], model: TransformerConfig) -> A
     """The first architecture that carries the model.
 
     Raises:
-        UserError: none does; the message names the features that the nearest one lacks.
+        UserError: none does; the message names the features that the nearest ones lack.
     """
     missing = {architecture.model_type: architecture.missing(model) for architecture in architectures}
     for architecture in architectures:
         if not missing[architecture.model_type]:
             return architecture
-    nearest = min(missing, key=lambda name: len(missing[name]))
-    raise UserError(
-        f"no architecture carries this model; the nearest, {nearest}, has no "
-        + " and no ".join(missing[nearest])
+
+    def distance(name: str) -> tuple[bool, int]:
+        return any(feature.startswith("model.attention=") for feature in missing[name]), len(missing[name])
+
+    lacking: dict[str, list[str]] = {}
+    for name in missing:
+        if distance(name) == min(map(distance, missing)):
+            lacking.setdefault(" and no ".join(missing[name]), []).append(name)
+    nearest = "; ".join(
+        f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no {features}"
+        for features, names in lacking.items()
     )
+    raise UserError(f"no architecture carries this model; the nearest: {nearest}")
 
 
 def _assemble(found: Ours) -> TransformerConfig:
@@ -182,10 +199,10 @@ def _assemble(found: Ours) -> TransformerConfig:
         }
         return {name: value for name, value in inside.items() if "." not in name and name != "routing"}
 
+    attention = found.get("attention", AttentionConfig)(**section("attention."))
     routing = found.get("moe.routing", TopK)(**section("moe.routing."))
     moe = MoEConfig(**{"balance": (), **section("moe.")}, routing=routing)
-    top = {name: value for name, value in section("").items()}
-    return TransformerConfig(**top, attention=AttentionConfig(**section("attention.")), moe=moe)
+    return TransformerConfig(**section("") | {"attention": attention}, moe=moe)
 
 
 def _feature(model: TransformerConfig, name: str) -> str:

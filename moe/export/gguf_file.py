@@ -18,7 +18,7 @@ from moe.export.architecture import Architecture
 from moe.export.assemble import ReadWeights
 from moe.export.hugging_face import Text
 from moe.export.tensors import Slot, slots
-from moe.nn import TransformerConfig
+from moe.nn import LatentAttentionConfig, TransformerConfig
 from moe.routing import TopK
 from moe.routing.group_limited import GroupLimitedTopK
 
@@ -44,6 +44,11 @@ NAMES = {
     "attention/b_v": "attn_v.bias",
     "attention/q_norm/scale": "attn_q_norm.weight",
     "attention/k_norm/scale": "attn_k_norm.weight",
+    "attention/w_q_down": "attn_q_a.weight",
+    "attention/w_q_up": "attn_q_b.weight",
+    "attention/w_kv_down": "attn_kv_a_mqa.weight",
+    "attention/w_kv_up": "attn_kv_b.weight",
+    "attention/kv_norm/scale": "attn_kv_a_norm.weight",
     "feed_forward_norm/scale": "ffn_norm.weight",
     "dense/w_gate": "ffn_gate.weight",
     "dense/w_up": "ffn_up.weight",
@@ -78,11 +83,16 @@ def check(architecture: Architecture, model: TransformerConfig) -> None:
         raise UserError(f"{name} has no dense layers; model.layers={model.layers}")
     if theirs.own_head and model.tied_embedding:
         raise UserError(f"{name} has an output head of its own; model.tied_embedding=True")
-    heads = model.attention.heads * model.attention.head_width
-    if theirs.whole_heads and heads != model.width:
-        raise UserError(
-            f"{name} wants heads as wide as the model together; they are {heads} of {model.width}"
-        )
+    if isinstance(model.attention, LatentAttentionConfig) and not model.attention.query_rank:
+        raise UserError(f"{name} makes queries from a latent; model.attention.query_rank=0")
+    attention = model.attention
+    for must, what in ((theirs.whole_heads, "heads"), (theirs.whole_keys, "kv_heads")):
+        width = getattr(attention, what) * attention.head_width
+        if must and width != model.width:
+            raise UserError(
+                f"{name} wants model.attention.{what} as wide as the model together; they are {width} of "
+                f"{model.width}"
+            )
 
 
 def write_gguf(
@@ -170,11 +180,16 @@ def _add_model(writer: GGUFWriter, architecture: Architecture, model: Transforme
     writer.add_head_count(attention.heads)
     writer.add_head_count_kv(attention.kv_heads)
     writer.add_key_length(attention.head_width)
-    writer.add_value_length(attention.head_width)
+    writer.add_value_length(attention.value_width)
+    if isinstance(attention, LatentAttentionConfig):
+        writer.add_q_lora_rank(attention.query_rank)
+        writer.add_kv_lora_rank(attention.kv_rank)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
     writer.add_rope_freq_base(attention.rope_theta)
     writer.add_rope_dimension_count(attention.rotary_width)
     writer.add_vocab_size(model.vocab_size)
+    if not model.moe_layers:
+        return
     writer.add_expert_count(moe.num_experts)
     writer.add_expert_used_count(routing.k)
     writer.add_expert_feed_forward_length(width)

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from moe.balance import LossFreeBias
 from moe.errors import UserError
 from moe.nn import TransformerConfig
-from moe.routing import TopK
-from moe.routing.group_limited import GroupLimitedTopK
 
 Theirs = Mapping[str, Any]
 """Keys of config.json."""
@@ -99,67 +96,6 @@ class Field:
 
 
 @dataclass(frozen=True)
-class HeadWidth:
-    """`head_dim`, which is D / heads where it is not there."""
-
-    written: bool = True
-    """False where the architecture has no such key."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """See `Key`."""
-        return {"head_dim": model.attention.head_width} if self.written else {}
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        head_width = config["hidden_size"] // config["num_attention_heads"]
-        return {"attention.head_width": (self.written and config.get("head_dim")) or head_width}
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """`use_qk_norm`: a norm on each head's queries and keys."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """See `Key`."""
-        return {"use_qk_norm": model.attention.qk_norm == "head"}
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        return {"attention.qk_norm": "head" if config.get("use_qk_norm") else "none"}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions: base, and which part of a head is rotated."""
-
-    theta: float = 10_000.0
-    """The base where no key says it."""
-
-    fraction: float | None = None
-    """The part of a head where no key says it; None where the architecture always rotates all of it."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """Under `rope_parameters`, and where older clients look for it."""
-        theta, part = model.attention.rope_theta, {}
-        if self.fraction is not None:
-            part = {"partial_rotary_factor": model.attention.rotary_fraction}
-        parameters = {"rope_type": "default", "rope_theta": theta} | part
-        return {"rope_parameters": parameters, "rope_theta": theta} | part
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
-            raise refuse("rope_type", kind, "only rotary positions without scaling")
-        theta = parameters.get("rope_theta", config.get("rope_theta", self.theta))
-        part = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", self.fraction))
-        if self.fraction is None and part not in (None, 1.0):
-            raise refuse("partial_rotary_factor", part, "only 1.0 in this architecture")
-        return {"attention.rope_theta": float(theta), "attention.rotary_fraction": float(part or 1.0)}
-
-
-@dataclass(frozen=True)
 class DenseAnywhere:
     """Layers, of which `mlp_only_layers` lists the dense ones (Qwen)."""
 
@@ -207,68 +143,12 @@ class AllOfOneKind:
         return {"layers": config["num_hidden_layers"] * self.kind}
 
 
-@dataclass(frozen=True)
-class BiasedSigmoid:
-    """Sigmoid scores, a bias in the choice, groups of experts (DeepSeek-V3 2412.19437)."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """See `Key`."""
-        routing = model.moe.routing
-        groups, kept = 1, 1
-        if isinstance(routing, GroupLimitedTopK):
-            groups, kept = routing.num_groups, routing.kept_groups
-        # The last two are what vLLM asks for.
-        return {"n_group": groups, "topk_group": kept, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
-            Always(key, value).read(config)
-        fields = {"moe.routing.scores": "sigmoid", "moe.balance": (LossFreeBias(),), "moe.routing": TopK}
-        groups, kept = config.get("n_group") or 1, config.get("topk_group") or 1
-        if groups > 1:
-            fields["moe.routing"] = GroupLimitedTopK
-            fields |= {"moe.routing.num_groups": groups, "moe.routing.kept_groups": kept}
-        return fields
-
-
-@dataclass(frozen=True)
-class SharedCount:
-    """Shared experts as wide as the routed ones, by their number."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """See `Key`; one where there are none, see `Architecture`."""
-        moe = model.moe
-        width = moe.width_classes[0][1]
-        return {"n_shared_experts": max(1, moe.shared_hidden // width)}
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        width = config["moe_intermediate_size"]
-        return {"moe.shared_experts": 1, "moe.shared_width": width * (config.get("n_shared_experts") or 1)}
-
-
-@dataclass(frozen=True)
-class SharedWidth:
-    """One shared expert behind a sigmoid gate, by its width (Qwen2-MoE)."""
-
-    def write(self, model: TransformerConfig) -> Theirs:
-        """See `Key`; as wide as the routed experts where there is none, see `Architecture`."""
-        moe = model.moe
-        return {"shared_expert_intermediate_size": moe.shared_hidden or moe.width_classes[0][1]}
-
-    def read(self, config: Theirs) -> Ours:
-        """See `Key`."""
-        width = config["shared_expert_intermediate_size"]
-        return {"moe.shared_experts": 1, "moe.shared_width": width, "moe.shared_gate": "sigmoid"}
-
-
 BODY = (
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "width"),
-    Key("num_attention_heads", "attention.heads"),
-    Key("num_key_value_heads", "attention.kv_heads"),
     Key("rms_norm_eps", "norm_epsilon", 1e-6),
     Key("tie_word_embeddings", "tied_embedding", False),
     Always("hidden_act", "silu"),
 )
+
+HEADS = (Key("num_attention_heads", "attention.heads"), Key("num_key_value_heads", "attention.kv_heads"))

@@ -58,6 +58,20 @@ CONFIGS = {
     "qwen2_moe": transformers.Qwen2MoeConfig(
         **SHAPE, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24, mlp_only_layers=[0]
     ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SHAPE | {"num_key_value_heads": 4},
+        **EXPERTS,
+        **GROUPS,
+        first_k_dense_replace=1,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+    ),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16),
+    "llama": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SHAPE),
 }
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: what stands in them, what llama.cpp would do otherwise, what it answers where it is installed."""
+"""GGUF files: what stands in them, what llama.cpp does otherwise, and what it answers where it is built."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny import MODELS, WITHOUT, RandomWeights
+from tiny import HEADS, MODELS, WITHOUT, RandomWeights
 
 from moe.data import Bytes
 from moe.errors import UserError
@@ -20,19 +20,26 @@ from moe.routing import TopK
 
 PYTHON = Path(__file__).parents[2] / ".peers" / "llama_cpp" / "bin" / "python"
 
-# llama.cpp knows no dense layers here, and divides by the sum of the weights always or never.
+# llama.cpp knows no dense layers here, divides by the sum of the weights always or never, and has no grouped
+# queries in OLMoE.
 FITTING = {
     "qwen3moe": replace(
         MODELS["qwen3_moe"], layers="MM", moe=replace(MODELS["qwen3_moe"].moe, routing=TopK(k=2))
     ),
     "glm4moe": MODELS["glm4_moe"],
-    "olmoe": replace(MODELS["olmoe"], moe=replace(MODELS["olmoe"].moe, routing=TopK(k=2, renormalize=False))),
+    "olmoe": replace(
+        MODELS["olmoe"],
+        attention=replace(HEADS, kv_heads=4, qk_norm="full"),
+        moe=replace(MODELS["olmoe"].moe, routing=TopK(k=2, renormalize=False)),
+    ),
     "llama": MODELS["mixtral"],
     "qwen2moe": replace(
         MODELS["qwen2_moe"],
         layers="MM",
         moe=replace(MODELS["qwen2_moe"].moe, routing=TopK(k=2, renormalize=False)),
     ),
+    "deepseek2": MODELS["deepseek_v3"],
+    "qwen3": MODELS["qwen3"],
     "glm4moe without shared experts": WITHOUT["glm4_moe"],
 }
 
@@ -116,6 +123,7 @@ def test_eight_bits_are_those_of_the_gguf_package(tmp_path, text):
         (replace(FITTING["qwen3moe"], layers="DM"), "no dense layers"),
         (MODELS["olmoe"], "renormalize=False, not True"),
         (replace(FITTING["olmoe"], tied_embedding=True), "output head of its own"),
+        (replace(FITTING["olmoe"], attention=MODELS["olmoe"].attention), "kv_heads as wide as the model"),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_refused(model, message):

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe.balance import LossFreeBias
 from moe.export.tensors import leaves
-from moe.nn import AttentionConfig, MoEConfig, TransformerConfig
+from moe.nn import AttentionConfig, LatentAttentionConfig, MoEConfig, TransformerConfig
 from moe.routing import TopK
 from moe.routing.group_limited import GroupLimitedTopK
 
@@ -43,6 +43,25 @@ MODELS = {
         attention=replace(HEADS, bias=True),
         moe=replace(EXPERTS, shared_experts=1, shared_width=24, shared_gate="sigmoid"),
     ),
+    "deepseek_v3": replace(
+        BODY,
+        layers="DMM",
+        attention=LatentAttentionConfig(
+            heads=4, query_rank=24, kv_rank=16, plain_width=8, rotary_width=4, value_width=6
+        ),
+        moe=replace(
+            EXPERTS,
+            routing=GroupLimitedTopK(k=2, scores="sigmoid", scale=2.5, num_groups=2, kept_groups=1),
+            balance=BIAS,
+            shared_experts=1,
+        ),
+    ),
+}
+
+MODELS |= {
+    "qwen3": replace(BODY, layers="DD", attention=replace(HEADS, qk_norm="head", head_width=16)),
+    "llama": replace(BODY, layers="DD", attention=HEADS, tied_embedding=True),
+    "qwen2": replace(BODY, layers="DD", attention=replace(HEADS, bias=True)),
 }
 
 # What an architecture always has and these have not: zeros there carry them.
@@ -66,7 +85,7 @@ class RandomWeights:
         random = np.random.default_rng(seed)
         self.arrays = {
             name: (
-                0.3 * random.standard_normal(leaf.shape) + (1.0 if name.endswith("scale") else 0.0)
+                0.2 * random.standard_normal(leaf.shape) + (1.0 if name.endswith("scale") else 0.0)
             ).astype(np.float32)
             for name, leaf in leaves(model).items()
         }

@@ -1,7 +1,9 @@
 """GLM-4.5 (2508.06471): sigmoid scores with a bias in the choice, shared experts, dense first layers."""
 
 from moe.export.architecture import Architecture, LlamaCpp
-from moe.export.keys import BODY, BiasedSigmoid, DenseFirst, HeadNorm, HeadWidth, Key, Rope, SharedCount
+from moe.export.attention_keys import HeadNorm, HeadWidth, Rope
+from moe.export.keys import BODY, HEADS, DenseFirst, Key
+from moe.export.moe_keys import BiasedSigmoid, SharedCount
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS, SCORE_BIAS, feed_forward
 
 GLM4_MOE = Architecture(
@@ -9,6 +11,7 @@ GLM4_MOE = Architecture(
     class_name="Glm4MoeForCausalLM",
     keys=(
         *BODY,
+        *HEADS,
         HeadWidth(),
         Rope(fraction=0.5),
         HeadNorm(),

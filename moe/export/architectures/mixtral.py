@@ -1,7 +1,8 @@
 """Mixtral (2401.04088): softmax scores of the chosen experts, no norm on queries and keys."""
 
 from moe.export.architecture import Architecture, LlamaCpp
-from moe.export.keys import BODY, AllOfOneKind, Always, Field, HeadWidth, Key, Rope
+from moe.export.attention_keys import HeadWidth, Rope
+from moe.export.keys import BODY, HEADS, AllOfOneKind, Always, Field, Key
 from moe.export.tensors import (
     ATTENTION,
     FUSED_DOWN,
@@ -20,6 +21,7 @@ MIXTRAL = Architecture(
     class_name="MixtralForCausalLM",
     keys=(
         *BODY,
+        *HEADS,
         HeadWidth(),
         Rope(theta=1_000_000.0),
         Always("sliding_window", None),

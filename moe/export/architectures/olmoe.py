@@ -1,7 +1,8 @@
 """OLMoE (2409.02060): softmax scores, one norm over all heads' queries and one over their keys."""
 
 from moe.export.architecture import Architecture, LlamaCpp
-from moe.export.keys import BODY, AllOfOneKind, Always, Field, HeadWidth, Key, Rope
+from moe.export.attention_keys import HeadWidth, Rope
+from moe.export.keys import BODY, HEADS, AllOfOneKind, Always, Field, Key
 from moe.export.tensors import ATTENTION, EXPERTS, MODEL, NORMS
 
 OLMOE = Architecture(
@@ -9,6 +10,7 @@ OLMOE = Architecture(
     class_name="OlmoeForCausalLM",
     keys=(
         *BODY,
+        *HEADS,
         HeadWidth(written=False),
         Rope(),
         Field("attention.qk_norm", "full"),
@@ -21,5 +23,5 @@ OLMOE = Architecture(
         Key("norm_topk_prob", "moe.routing.renormalize", False),
     ),
     tensors=(*MODEL, *NORMS, *ATTENTION, *EXPERTS),
-    llama_cpp=LlamaCpp("olmoe", renormalizes=False, whole_heads=True, own_head=True),
+    llama_cpp=LlamaCpp("olmoe", renormalizes=False, whole_heads=True, whole_keys=True, own_head=True),
 )

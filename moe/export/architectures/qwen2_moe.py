@@ -1,7 +1,9 @@
 """Qwen2-MoE (2407.10671): softmax scores, a gated shared expert, biases on queries, keys and values."""
 
 from moe.export.architecture import Architecture, LlamaCpp
-from moe.export.keys import BODY, Always, DenseAnywhere, HeadWidth, Key, Rope, SharedWidth
+from moe.export.attention_keys import HeadWidth, Rope
+from moe.export.keys import BODY, HEADS, Always, DenseAnywhere, Key
+from moe.export.moe_keys import SharedWidth
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS, TRANSPOSED, Tensor, feed_forward
 
 QWEN2_MOE = Architecture(
@@ -9,6 +11,7 @@ QWEN2_MOE = Architecture(
     class_name="Qwen2MoeForCausalLM",
     keys=(
         *BODY,
+        *HEADS,
         HeadWidth(),
         Rope(),
         Key("qkv_bias", "attention.bias", True),

@@ -1,7 +1,8 @@
 """Qwen3-MoE (2505.09388): softmax scores, a norm on each head's queries and keys."""
 
 from moe.export.architecture import Architecture, LlamaCpp
-from moe.export.keys import BODY, Always, DenseAnywhere, Field, HeadWidth, Key, Rope
+from moe.export.attention_keys import HeadWidth, Rope
+from moe.export.keys import BODY, HEADS, Always, DenseAnywhere, Field, Key
 from moe.export.tensors import ATTENTION, DENSE, EXPERTS, MODEL, NORMS
 
 QWEN3_MOE = Architecture(
@@ -9,6 +10,7 @@ QWEN3_MOE = Architecture(
     class_name="Qwen3MoeForCausalLM",
     keys=(
         *BODY,
+        *HEADS,
         HeadWidth(),
         Rope(),
         Field("attention.qk_norm", "head"),

@@ -1,9 +1,8 @@
 """Hand a trained run to the engines that serve models, or take a checkpoint of theirs in.
 
     uv run export.py runs/quickstart --to hf --out exports/quickstart --verify
-    uv run export.py --from hf exports/quickstart --out runs/again
-
     uv run --extra gguf export.py runs/quickstart --to gguf --quantize q8_0 --out exports/quickstart.gguf
+    uv run export.py --from hf exports/quickstart --out runs/again
 
 A run leaves as a checkpoint of the architecture that carries its model. What comes in becomes a run that
 eval.py measures and from which train.py goes on: --init "Continue(run='runs/again')".
@@ -27,11 +26,12 @@ from moe.experiment import Experiment, Train
 from moe.export.architecture import Architecture, choose
 from moe.export.architectures import ARCHITECTURES
 from moe.export.assemble import assemble
-from moe.export.card import Quality, evaluation, model_card
+from moe.export.card import evaluation, model_card
 from moe.export.finished import finished_file, finished_folder
 from moe.export.hugging_face import Precision, Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config, read_tokenizer
-from moe.export.serving import GGUF, HUGGING_FACE, told
+from moe.export.serving import GGUF, HUGGING_FACE, STABLEHLO, told
+from moe.export.stablehlo import write_stablehlo
 from moe.export.verify import client_answer, compare, our_answer, python_with
 from moe.export.weights import CheckpointWeights, find_checkpoint
 from moe.mesh import MeshConfig, make_mesh
@@ -49,8 +49,9 @@ say = Console(highlight=False, soft_wrap=True).print
 class Export:
     """What to write, and how."""
 
-    to: Literal["hf", "gguf"] = "hf"
-    """The format: hf is a Hugging Face checkpoint (a folder of safetensors), gguf a file for llama.cpp."""
+    to: Literal["hf", "gguf", "stablehlo"] = "hf"
+    """The format: hf is a Hugging Face checkpoint (a folder of safetensors), gguf a file for llama.cpp,
+    stablehlo a program that any process with JAX runs."""
 
     out: str = ""
     """Folder or file to write, which must not exist yet."""
@@ -122,8 +123,8 @@ def main() -> None:
 class Job(NamedTuple):
     """A run on its way out."""
 
+    directory: Path
     experiment: Experiment
-    architecture: Architecture
     weights: CheckpointWeights
     text: Text
     out: Path
@@ -136,24 +137,28 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     for what in experiment.model.looks_ahead:
         raise UserError(f"{what} lets tokens see later ones: the model cannot generate, so nothing serves it")
     jax.set_mesh(make_mesh(MeshConfig()))
-    architecture = choose(_wanted(options.architecture), experiment.model)
     dataset = prepare(experiment.data)
     weights = CheckpointWeights(find_checkpoint(directory, experiment.checkpoints, options.checkpoint))
     text = Text(dataset.tokenizer, experiment.data.tokenizer.end_of_text, experiment.data.sequence_length)
-    job = Job(experiment, architecture, weights, text, out, options)
+    job = Job(directory, experiment, weights, text, out, options)
 
-    write, engines = {"hf": (write_hugging_face, HUGGING_FACE), "gguf": (write_llama_cpp, GGUF)}[options.to]
-    write(job, evaluation(directory, weights.step))
-    say(f"written: {out}, step {weights.step} as {architecture.class_name}")
+    write, engines = {
+        "hf": (write_hugging_face, HUGGING_FACE),
+        "gguf": (write_llama_cpp, GGUF),
+        "stablehlo": (write_program, STABLEHLO),
+    }[options.to]
+    write(job)
+    say(f"written: {out}, step {weights.step}")
     for line in told(engines, out):
         say(line)
     if options.verify:
         verify(job, validation_prompts(dataset, experiment.data.sequence_length))
 
 
-def write_hugging_face(job: Job, quality: Quality) -> None:
+def write_hugging_face(job: Job) -> None:
     """A folder with safetensors, configs, tokenizer and model card."""
-    experiment, architecture, weights, text, out, options = job
+    directory, experiment, weights, text, out, options = job
+    architecture = choose(_wanted(options.architecture), experiment.model)
     with finished_folder(out) as folder:
         write_checkpoint(
             folder,
@@ -169,20 +174,21 @@ def write_hugging_face(job: Job, quality: Quality) -> None:
             architecture,
             step=weights.step,
             averaged=weights.averaged,
-            quality=quality,
+            quality=evaluation(directory, weights.step),
             engines=HUGGING_FACE,
             path=out,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_llama_cpp(job: Job, quality: Quality) -> None:
+def write_llama_cpp(job: Job) -> None:
     """One GGUF file."""
     try:
         from moe.export.gguf_file import write_gguf
     except ModuleNotFoundError as error:
         raise UserError(f"--to gguf needs {error.name}: uv run --extra gguf export.py ...") from error
-    experiment, architecture, weights, text, out, options = job
+    _, experiment, weights, text, out, options = job
+    architecture = choose(_wanted(options.architecture), experiment.model)
     precision = "q8_0" if options.quantize else "float16" if options.precision == "float16" else "float32"
     with finished_file(out) as path:
         write_gguf(
@@ -196,23 +202,33 @@ def write_llama_cpp(job: Job, quality: Quality) -> None:
         )
 
 
+def write_program(job: Job) -> None:
+    """A folder with program, weights and tokenizer."""
+    with finished_folder(job.out) as folder:
+        write_stablehlo(
+            folder, job.experiment.model, job.weights.read, job.text, precision=job.options.precision
+        )
+
+
 def verify(job: Job, prompts: np.ndarray) -> None:
     """Compare what the export's client says with what the run's model says.
 
     Raises:
         UserError: they differ, or the client is not there.
     """
-    options, read, exact = job.options, job.weights.read, True
+    options, read = job.options, job.weights.read
+    exact = options.precision == "float32" and not options.quantize
     if options.to == "hf":
-        client, package, peers = "run_transformers", "transformers", "transformers"
+        client, package = "run_transformers", "transformers"
         # Rounded weights are compared with what our model makes of them.
         config = read_config(job.out)
-        read = HuggingFaceWeights(job.out, job.architecture, config).read
+        architecture = architecture_of(config, ARCHITECTURES)
+        read, exact = HuggingFaceWeights(job.out, architecture, config).read, True
+    elif options.to == "gguf":
+        client, package = "run_llama_cpp", "llama_cpp"
     else:
-        client, package, peers = "run_llama_cpp", "llama_cpp", "llama_cpp"
-        exact = options.precision == "float32" and not options.quantize
-    named = [Path(options.python)] if options.python else []
-    python = python_with(package, [*named, PEERS / peers / "bin" / "python"])
+        client, package = "run_stablehlo", "jax"
+    python = Path(options.python) if options.python else python_with(package, PEERS)
     ours = our_answer(job.experiment.model, read, prompts, NEW_TOKENS)
     found = compare(prompts, ours, client_answer(client, python, job.out, prompts, NEW_TOKENS))
     if not (found.exact if exact else found.close):

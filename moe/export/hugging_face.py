@@ -86,7 +86,7 @@ def write_weights(
             if array is None:  # a part that this architecture always has and our model has not
                 array = np.broadcast_to(np.float32(0), slot.shape)
             for tensor in slot.to_theirs(array):
-                writer.write(tensor)
+                writer.write([tensor])
 
 
 def _write_tokenizer(folder: Path, text: Text) -> dict[str, int]:

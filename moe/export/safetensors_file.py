@@ -6,7 +6,7 @@ the tensors. The `safetensors` package reads; it writes only what is in memory w
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -67,14 +67,20 @@ class SafetensorsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def write(self, array: np.ndarray) -> None:
-        """Write the next tensor, in the dtype announced for it."""
+    def write(self, parts: Iterable[np.ndarray]) -> None:
+        """Write the next tensor, in the dtype announced for it.
+
+        Args:
+            parts: what, one after the other along its first axis or a new one, makes it up.
+        """
         shard, entry = next(self._waiting)
         if shard != self._open:
             self._begin(shard)
-        if array.shape != entry.shape:
-            raise ValueError(f"{entry.name} is {array.shape} and was announced as {entry.shape}")
-        self._file.write(np.ascontiguousarray(array, entry.dtype).view(np.uint8).data)
+        written = 0
+        for part in parts:
+            written += self._file.write(np.ascontiguousarray(part, entry.dtype).view(np.uint8).data)
+        if written != entry.nbytes:
+            raise ValueError(f"{entry.name} has {written} bytes and was announced with {entry.nbytes}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._open >= 0:

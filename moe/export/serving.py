@@ -35,6 +35,12 @@ GGUF = (
     Engine("Ollama", "ollama create NAME -f Modelfile, which says FROM {path}", UNTESTED),
 )
 
+STABLEHLO = (
+    Engine(
+        "JAX", "python moe/export/clients/run_stablehlo.py {path} ASKED.npz ANSWERED.npz", "tested on a CPU"
+    ),
+)
+
 
 def told(engines: tuple[Engine, ...], path: Path) -> list[str]:
     """A line for each engine: its name, the command, what was tested."""

@@ -156,21 +156,18 @@ def client_answer(
         return Answer(found["log_probabilities"], found["greedy"])
 
 
-def python_with(package: str, candidates: list[Path]) -> Path:
-    """An interpreter that has a package: this one, or the first of the candidates that exists and has it.
+def python_with(package: str, peers: Path) -> Path:
+    """An interpreter that has a package: this one, or that of the package's own environment.
 
     Raises:
-        UserError: none has it.
+        UserError: neither has it.
     """
     if importlib.util.find_spec(package):
         return Path(sys.executable)
-    for python in candidates:
-        if python.exists():
-            check = [python, "-c", f"import importlib.util as u; exit(not u.find_spec({package!r}))"]
-            if subprocess.run(check).returncode == 0:
-                return python
-    tried = ", ".join(str(python) for python in candidates)
+    python = peers / package / "bin" / "python"
+    if python.exists():
+        return python
     raise UserError(
-        f"--verify needs {package}, which neither this environment nor {tried} has; install it, or name an "
+        f"--verify needs {package}: uv run python -m benchmarks.peers.environment {package}, or name an "
         "interpreter that has it with --python"
     )

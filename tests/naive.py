@@ -124,9 +124,15 @@ def rope(x, position, theta):
     return np.concatenate([turned.real, turned.imag])
 
 
-def attention(x, weights, *, heads, kv_heads, head_width, qk_norm, theta, epsilon, positions=None):
+def attention(
+    x, weights, *, heads, kv_heads, head_width, qk_norm, theta, epsilon, positions=None, rotary_width=None
+):
     """[S, D] -> [S, D]: causal grouped-query attention of one sequence, query by query."""
-    length = len(x)
+    length, rotated = len(x), rotary_width or head_width
+
+    def turn(head, position):
+        return np.concatenate([rope(head[:rotated], position, theta), head[rotated:]])
+
     positions = range(length) if positions is None else positions
     q, k, v = (x @ weights[f"w_{name}"] + weights.get(f"b_{name}", 0) for name in "qkv")
     if qk_norm == "full":
@@ -138,9 +144,37 @@ def attention(x, weights, *, heads, kv_heads, head_width, qk_norm, theta, epsilo
     for s in range(length):
         for h in range(heads):
             g = h // (heads // kv_heads)
-            query = rope(q[s, h], positions[s], theta)
-            keys = [rope(k[t, g], positions[t], theta) for t in range(s + 1)]
+            query = turn(q[s, h], positions[s])
+            keys = [turn(k[t, g], positions[t]) for t in range(s + 1)]
             similar = np.array([query @ key for key in keys]) / head_width**0.5
             share = np.exp(similar - similar.max())
             out[s, h] = share / share.sum() @ v[: s + 1, g]
     return out.reshape(length, -1) @ weights["w_out"]
+
+
+def latent_attention(x, weights, *, heads, plain, rotary, values, theta, epsilon):
+    """[S, D] -> [S, D]: multi-head latent attention of one sequence (2405.04434 eq. 9-19), head by head.
+
+    Each head's column blocks are queries [plain | rotary] and keys and values [plain | values]; positions
+    turn neighbouring pairs.
+    """
+    length = len(x)
+    if "w_q" in weights:
+        q = x @ weights["w_q"]
+    else:
+        q = rms_norm(x @ weights["w_q_down"], weights["q_norm"], epsilon) @ weights["w_q_up"]
+    latent, shared = np.split(x @ weights["w_kv_down"], [-rotary], axis=1)
+    kv = rms_norm(latent, weights["kv_norm"], epsilon) @ weights["w_kv_up"]
+
+    def turn(rows):
+        apart = np.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
+        return np.array([rope(row, position, theta) for position, row in enumerate(apart)])
+
+    out = np.zeros((length, heads * values))
+    for h in range(heads):
+        plain_q, turned_q = np.split(q[:, h * (plain + rotary) : (h + 1) * (plain + rotary)], [plain], axis=1)
+        plain_k, v = np.split(kv[:, h * (plain + values) : (h + 1) * (plain + values)], [plain], axis=1)
+        similar = (plain_q @ plain_k.T + turn(turned_q) @ turn(shared).T) / (plain + rotary) ** 0.5
+        share = np.tril(np.exp(similar - similar.max(1, keepdims=True)))
+        out[:, h * values : (h + 1) * values] = share / share.sum(1, keepdims=True) @ v
+    return out @ weights["w_out"]

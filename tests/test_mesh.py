@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.errors import UserError
 from moe.mesh import MeshConfig, axes, axis_size, make_mesh, spec
-from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, check_layout
+from moe.nn import AttentionConfig, LatentAttentionConfig, MoEConfig, TransformerConfig, check_layout
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ MODEL = TransformerConfig(
         ({"sequence": 4, "tensor": 2}, {}, r"kv_heads=4 .* 8 devices \(mesh.tensor=2 x mesh.sequence=4\)"),
         ({"tensor": 4}, {"dense_width": 66}, "model.dense_width=66"),
         ({"tensor": 4}, {"moe": replace(MODEL.moe, expert_width=18)}, "model.moe.expert_width=18"),
+        ({"fsdp": 8}, {"attention": LatentAttentionConfig(kv_rank=20)}, "model.attention.kv_rank=20"),
         ({"sequence": 2}, {"layers": "m"}, "choose among whole sequences; set mesh.sequence=1"),
         (
             {"sequence": 2},

@@ -78,8 +78,10 @@ def recomputed(experiment: Experiment) -> float:
     # It leaves out blocks of pairs wholly ahead; XLA leaves out none.
     splash = splash_cuts(sequence, width)
     backward, share = (7, 1 + block_length(sequence) / sequence) if splash else (4, 2.0)
-    attention = product * ((2 + 2 * again + backward) * share - 6)
-    return again * (layers - 2 * product) + attention
+    # `by_component` counts two, the second over values, which kernels pad to the width of keys.
+    counted = 1 + model.attention.value_width / width
+    attention = product * ((2 + 2 * again + backward) * share - 3 * counted)
+    return again * (layers - counted * product) + attention
 
 
 def even_loads(experiment: Experiment, tokens: int) -> EvenLoads:

@@ -1,11 +1,15 @@
-"""Peers' environments: each of its own, apart from ours, under `.peers/`."""
+"""Peers' environments: each of its own, apart from ours, under `.peers/`.
+
+python -m benchmarks.peers.environment transformers
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-from moe.errors import UserError
+from moe.errors import UserError, run_main
 
 PYTHON = "3.11"
 
@@ -40,3 +44,13 @@ def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{' '.join(command[1:3])} failed: {result.stderr.strip()}")
+
+
+def main() -> None:
+    """Make the environments that are named."""
+    for name in sys.argv[1:]:
+        print(peer_python(Path(__file__).with_name(f"{name}.txt")))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -102,7 +102,8 @@ def by_component(config: TransformerConfig, sequence_length: int) -> dict[str, C
     # q k^T and its product with v: those of a sequence's tokens that enter a layer, with half of them each.
     entering = [_entering(config, kind, sequence_length) for kind in config.layers]
     pairs = sum(tokens * tokens / 2 for tokens in entering) / sequence_length
-    scores = 2 * 2 * config.attention.heads * config.attention.head_width * pairs
+    attention = config.attention
+    scores = 2 * attention.heads * (attention.head_width + attention.value_width) * pairs
     found["attention"] += Compute(0, 0.0, scores, 3 * scores)
     return {name: found[name] for name in [*COMPONENTS.values(), *found] if name in found}
 

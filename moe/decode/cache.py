@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe.mesh import spec
-from moe.nn import AttentionConfig
+from moe.nn import AttentionConfig, LatentAttentionConfig
 
 CacheType = Literal["float32", "bfloat16", "int8"]
 
@@ -51,7 +51,9 @@ class LayerCache:
     v: Heads
 
     @staticmethod
-    def empty(config: AttentionConfig, slots: int, length: int, dtype: jnp.dtype) -> "LayerCache":
+    def empty(
+        config: AttentionConfig | LatentAttentionConfig, slots: int, length: int, dtype: jnp.dtype
+    ) -> "LayerCache":
         """A cache on the mesh that is set.
 
         Args:

@@ -40,6 +40,9 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (2104.09864)."""
 
+    rotary_fraction: float = 1.0
+    """Part of each head, from its first dimension on, that is rotated (GLM-4: 0.5)."""
+
     bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
 
@@ -48,8 +51,54 @@ class AttentionConfig:
             raise UserError(
                 f"model.attention.kv_heads={self.kv_heads} must divide model.attention.heads={self.heads}"
             )
-        if self.head_width % 2:
-            raise UserError(f"model.attention.head_width={self.head_width} must be even for rotary positions")
+        if not 0.0 <= self.rotary_fraction <= 1.0:
+            raise UserError(
+                f"model.attention.rotary_fraction={self.rotary_fraction} must lie between 0 and 1"
+            )
+        if self.rotary_width % 2:
+            raise UserError(
+                f"model.attention.head_width={self.head_width} must leave an even number of dimensions for "
+                f"rotary positions; rotary_fraction={self.rotary_fraction} of it is {self.rotary_width}"
+            )
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's values."""
+        return self.head_width
+
+    @property
+    def projected_width(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers that a token leaves behind for those that are decoded after it."""
+        return 2 * self.kv_heads * self.head_width
+
+    @property
+    def decoded_width(self) -> int:
+        """Multiply-adds of one head with one token that was left behind: its score, its part of the sum."""
+        return 2 * self.head_width
+
+    def build(
+        self, width: int, *, out_std: float, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> "Attention":
+        """The module of one layer.
+
+        Args:
+            width: of the tokens, D.
+            out_std: factor on the initial deviation of the output matrix.
+            epsilon: of norms.
+            dtype: of activations and products.
+            rngs: randomness of the initial values.
+        """
+        return Attention(self, width, out_std=out_std, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -99,7 +148,7 @@ class Attention(nnx.Module):
         """
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[1]) if positions is None else positions
-        q, k = (rotate(a, positions, self.config.rope_theta) for a in (q, k))
+        q, k = (rotate(a, positions, self.config.rope_theta, self.config.rotary_width) for a in (q, k))
         # Over split sequences every device takes some of its heads through whole ones (Ulysses, 2309.14509).
         q, k, v = jax.sharding.reshard((q, k, v), spec("batch", None, "attended_heads"))
         y = jax.sharding.reshard(attend(q, k, v), spec("batch", "sequence", "heads"))
@@ -121,12 +170,20 @@ class Attention(nnx.Module):
 
 
 def rotate(
-    x: Float[Array, "B S H h"], positions: Int[Array, "*B S"], theta: float
+    x: Float[Array, "B S H h"], positions: Int[Array, "*B S"], theta: float, width: int
 ) -> Float[Array, "B S H h"]:
-    """Rotary position embedding (2104.09864 eq. 34), pairing the two halves of a head as Llama does."""
-    half = x.shape[-1] // 2
+    """Rotary position embedding (2104.09864 eq. 34), pairing the two halves of a head as Llama does.
+
+    Args:
+        x: queries or keys.
+        positions: where each stands.
+        theta: base of the frequencies.
+        width: dimensions of a head that are rotated, the first ones; the rest stays.
+    """
+    half = width // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, width), axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -4,6 +4,7 @@ from math import prod
 
 from moe.errors import UserError
 from moe.mesh import RULES, MeshConfig
+from moe.nn.latent_attention import LatentAttentionConfig
 from moe.nn.transformer import TransformerConfig
 
 
@@ -49,6 +50,9 @@ def check_layout(
     shared("model.width", model.width, "embed")
     shared("model.vocab_size", model.vocab_size, "vocab")
     shared("model.attention.kv_heads", attention.kv_heads, "attended_heads")
+    if isinstance(attention, LatentAttentionConfig):
+        shared("model.attention.query_rank", attention.query_rank, "embed")
+        shared("model.attention.kv_rank", attention.kv_rank, "embed")
     shared("data.sequence_length", length, "loss_sequence")
     devices, fields = split("loss_sequence")
     if length // devices % loss_chunks:

@@ -15,9 +15,10 @@ from moe.errors import UserError
 from moe.kernels import linear
 from moe.kernels.attention import causal_attention
 from moe.mesh import logical_rules, spec
-from moe.nn.attention import Attend, Attention, AttentionConfig
+from moe.nn.attention import Attend, AttentionConfig
 from moe.nn.depth import DepthRouter, tokens_taken
 from moe.nn.feed_forward import FeedForward
+from moe.nn.latent_attention import LatentAttentionConfig
 from moe.nn.moe_config import MoEConfig
 from moe.nn.moe_layer import MoELayer
 from moe.nn.norm import RMSNorm
@@ -53,8 +54,8 @@ class TransformerConfig:
     depth_capacity: float = 0.125
     """Fraction of each sequence's tokens that enter a lower-case layer."""
 
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """Attention of every layer."""
+    attention: AttentionConfig | LatentAttentionConfig = field(default_factory=AttentionConfig)
+    """Attention of every layer: AttentionConfig(...), or LatentAttentionConfig(...) as DeepSeek has it."""
 
     dense_width: int = 1024
     """Hidden width of dense layers' feed-forward."""
@@ -132,7 +133,7 @@ class Block(nnx.Module):
         out_std = (2 * len(config.layers)) ** -0.5
         shared = {"out_std": out_std, "dtype": config.dtype, "rngs": rngs}
         self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config.attention, config.width, epsilon=config.norm_epsilon, **shared)
+        self.attention = config.attention.build(config.width, epsilon=config.norm_epsilon, **shared)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_epsilon)
         if kind.islower():
             self.depth = DepthRouter(config.width, config.depth_capacity, rngs=rngs)

@@ -11,7 +11,7 @@ from moe.errors import UserError
 from moe.nn.pattern import places
 from moe.nn.quantized import CLIP
 from moe.nn.router import LinearRouter
-from moe.nn.transformer import TransformerConfig
+from moe.nn.transformer import TransformerConfig, structure
 from moe.routing import TopK
 
 
@@ -47,6 +47,55 @@ class Init:
             key: more randomness.
         """
         raise NotImplementedError
+
+    def controllers(self, trained: nnx.State, fresh: nnx.State) -> nnx.State:
+        """What controllers and strategies start with: `fresh`, unless it goes with the parameters.
+
+        Args:
+            trained: the other run's.
+            fresh: as at the start of a run.
+        """
+        return fresh
+
+
+@dataclass(frozen=True)
+class Continue(Init):
+    """The same parameters, and the same bias of the choice; the rest of the config may be another.
+
+    Training goes on with other data, another optimizer, other balancers; all that has parameters, and
+    attention, must be as in the other run.
+    """
+
+    def check(self, source: TransformerConfig, target: TransformerConfig) -> None:
+        """See `Init`."""
+        for name in ("vocab_size", "width", "layers", "attention", "tied_embedding", "norm_epsilon"):
+            _same(f"model.{name}", getattr(source, name), getattr(target, name), self.run)
+        theirs, ours = (
+            {"/".join(map(str, path)): p.shape for path, p in nnx.to_flat_state(structure(config)[1])}
+            for config in (source, target)
+        )
+        for name in sorted(theirs.keys() | ours.keys()):
+            _same(f"the shape of {name}", theirs.get(name), ours.get(name), self.run)
+
+    def __call__(
+        self,
+        source: TransformerConfig,
+        trained: nnx.State,
+        target: TransformerConfig,
+        fresh: nnx.State,
+        key: Key[Array, ""],
+    ) -> nnx.State:
+        """See `Init`."""
+        return jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(trained))
+
+    def controllers(self, trained: nnx.State, fresh: nnx.State) -> nnx.State:
+        """See `Init`; what both runs have, under one name and of one shape."""
+        kept = {path: variable[...] for path, variable in nnx.to_flat_state(trained)}
+        leaves = []
+        for path, variable in nnx.to_flat_state(fresh):
+            own = variable[...]
+            leaves.append(kept[path] if path in kept and kept[path].shape == own.shape else own)
+        return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What a run that starts from nothing begins with, where it is made from another run."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,9 +8,10 @@ from flax import nnx
 from moe.experiment import Experiment
 from moe.training.restore import restore
 from moe.training.run_directory import read_experiment
+from moe.training.state import StartingPoint
 
 
-def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] | None:
+def starting_point(experiment: Experiment) -> StartingPoint | None:
     """From parameters drawn at random to those that `Experiment.init` makes of another run; None without it.
 
     Reads the other run's newest checkpoint: parameters as it is evaluated, the moving average where it has
@@ -26,6 +26,12 @@ def starting_point(experiment: Experiment) -> Callable[[nnx.State], nnx.State] |
     directory = Path(init.run)
     other = read_experiment(directory)
     init.check(other.model, experiment.model)
-    trained = restore(directory, other, "last").state.evaluated
+    state = restore(directory, other, "last").state
+    trained, trained_controllers = state.evaluated, state.controllers
     key = jax.random.fold_in(jax.random.key(experiment.seed), 1)
-    return lambda fresh: init(other.model, trained, experiment.model, fresh, key)
+
+    def start(params: nnx.State, controllers: nnx.State) -> tuple[nnx.State, nnx.State]:
+        made = init(other.model, trained, experiment.model, params, key)
+        return made, init.controllers(trained_controllers, controllers)
+
+    return start

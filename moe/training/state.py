@@ -15,6 +15,9 @@ from moe.nn import Transformer, TransformerConfig, build
 from moe.nn.quantized import quantize_params
 from moe.quant import format_named
 
+StartingPoint = Callable[[nnx.State, nnx.State], tuple[nnx.State, nnx.State]]
+"""From the parameters and the controllers' state of a fresh model to those that a run starts with."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ def initial_state(
     *,
     seed: int,
     average: bool,
-    start: Callable[[nnx.State], nnx.State] | None = None,
+    start: StartingPoint | None = None,
 ) -> TrainState:
     """A fresh state on the mesh that is set; `start` makes its parameters from random ones."""
     _, params, controllers = split(build(config, jax.random.key(seed)))
-    params = params if start is None else start(params)
+    if start is not None:
+        params, controllers = start(params, controllers)
 
     def make(params):
         zero = jnp.zeros((), jnp.int32)

@@ -22,7 +22,7 @@ from moe.analysis.hardware import HARDWARE, Hardware
 from moe.config import load_config
 from moe.dispatch import Capacity
 from moe.experiment import Experiment
-from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, build, structure
+from moe.nn import AttentionConfig, LatentAttentionConfig, MoEConfig, TransformerConfig, build, structure
 from moe.optim import AdamW
 from moe.routing import TopK
 from moe.training.state import abstract_state
@@ -106,6 +106,22 @@ def test_xla_counts_the_same_in_decoding_and_in_reading_a_prompt(one_device):
     diagonal = square(MODEL, 1) * context  # half of each token's attention to itself
     read = total(prefill(MODEL, 1, context)).flops
     assert read == pytest.approx(one_by_one - logits - diagonal, rel=1e-12)
+
+
+def test_xla_counts_the_same_over_a_cache_of_latents(one_device):
+    """What one more token of context adds to decoding: products with its latent, and its bytes."""
+    latent = LatentAttentionConfig(heads=8, kv_rank=64, plain_width=32, rotary_width=16, value_width=32)
+    config, batch, context = replace(MODEL, attention=latent), 4, 256
+
+    def attend(q, cache):
+        share = jnp.einsum("bhc,bnc->bhn", q, cache)
+        return jnp.einsum("bhn,bnc->bhc", share, cache[..., : latent.kv_rank])
+
+    q, cache = (jax.ShapeDtypeStruct((batch, n, 64 + 16), jnp.bfloat16) for n in (latent.heads, context))
+    counted = jax.jit(attend).lower(q, cache).cost_analysis()["flops"]
+    more, less = (decode(config, batch, length)["attention"] for length in (2 * context, context))
+    assert more.flops - less.flops == len(config.layers) * counted
+    assert more.bytes - less.bytes == len(config.layers) * batch * context * 80 * 2
 
 
 def grouped(tokens: int) -> MoEConfig:

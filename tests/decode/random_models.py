@@ -7,12 +7,14 @@ from flax import nnx
 from moe.decode import Decoder
 from moe.dispatch import Dropless
 from moe.mesh import spec
-from moe.nn import AttentionConfig, MoEConfig, Transformer, TransformerConfig, build
+from moe.nn import AttentionConfig, LatentAttentionConfig, MoEConfig, Transformer, TransformerConfig, build
 
 VOCABULARY = 40
 
 
-def config(layers: str = "MM", attention: AttentionConfig | None = None, **moe) -> TransformerConfig:
+def config(
+    layers: str = "MM", attention: AttentionConfig | LatentAttentionConfig | None = None, **moe
+) -> TransformerConfig:
     """A model of width 16 in float32, with 8 experts of width 8 unless said otherwise."""
     attention = attention or AttentionConfig(heads=4, kv_heads=2, head_width=8)
     experts = MoEConfig(**{"num_experts": 8, "expert_width": 8, "dispatch": Dropless(tile=8), **moe})

@@ -16,7 +16,7 @@ from moe.decode.model import for_decoding
 from moe.dispatch import Capacity, Dropless, OneHot
 from moe.errors import UserError
 from moe.mesh import spec
-from moe.nn import AttentionConfig, CosineRouter, FreeExperts, MLPRouter
+from moe.nn import AttentionConfig, CosineRouter, FreeExperts, LatentAttentionConfig, MLPRouter
 from moe.nn.quantized import quantize_params
 from moe.quant import format_named
 from moe.routing import (
@@ -55,6 +55,11 @@ CONFIGS = {
         balance=(LossFreeBias(0.01),),
         shared_experts=1,
         tokens_per_group=10,
+    ),
+    "latents": config(
+        "DM",
+        LatentAttentionConfig(4, query_rank=8, kv_rank=16, plain_width=6, rotary_width=4, value_width=5),
+        routing=TopK(2),
     ),
     "group-limited": config(routing=GroupLimitedTopK(k=2), shared_experts=1, shared_gate="sigmoid"),
     "top-p": config(routing=TopP(), expert_width=4 * (4,) + 4 * (8,)),

@@ -23,6 +23,7 @@ CONFIGS = [
     AttentionConfig(heads=4, kv_heads=2, head_width=6, qk_norm="head", rope_theta=50.0),
     AttentionConfig(heads=4, kv_heads=1, head_width=4, qk_norm="full"),
     AttentionConfig(heads=6, kv_heads=3, head_width=2, bias=True),
+    AttentionConfig(heads=2, kv_heads=2, head_width=8, rotary_fraction=0.5),
 ]
 
 
@@ -40,13 +41,14 @@ def test_against_query_by_query(one_device, config):
     named = {path[0]: p[...].astype(np.float64) for path, p in nnx.to_flat_state(params)}
     rule = {"heads": config.heads, "kv_heads": config.kv_heads, "head_width": config.head_width}
     rule |= {"qk_norm": config.qk_norm, "theta": config.rope_theta, "epsilon": EPSILON}
+    rule |= {"rotary_width": config.rotary_width}
     expected = [naive.attention(sequence.astype(np.float64), named, **rule) for sequence in x]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @partial(jax.jit, static_argnames="theta")
 def turned(x, position, theta):
-    return rotate(x[None, None, None], jnp.asarray(position)[None], theta)[0, 0, 0]
+    return rotate(x[None, None, None], jnp.asarray(position)[None], theta, x.shape[-1])[0, 0, 0]
 
 
 @given(
@@ -72,7 +74,13 @@ def test_distances_do_matter(one_device):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [({"heads": 4, "kv_heads": 3}, "kv_heads=3"), ({"head_width": 5}, "head_width=5")]
+    ("fields", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "kv_heads=3"),
+        ({"head_width": 5}, "head_width=5"),
+        ({"head_width": 6, "rotary_fraction": 0.5}, "rotary_fraction=0.5 of it is 3"),
+        ({"rotary_fraction": 1.5}, "rotary_fraction=1.5"),
+    ],
 )
 def test_bad_shapes_are_refused(fields, message):
     with pytest.raises(UserError, match=message):

@@ -107,8 +107,8 @@ def activation_bytes(config: TransformerConfig, length: int) -> float:
 def _kept(config: TransformerConfig, kind: str, length: int, remat: str) -> float:
     attention, moe = config.attention, config.moe
     entered = entering(config, config.layers.index(kind), length)
-    projected = (attention.heads + 2 * attention.kv_heads) * attention.head_width
-    attended = attention.heads * attention.head_width
+    projected = attention.projected_width
+    attended = attention.heads * attention.value_width
     if kind.upper() == "M":
         width = sum(number * width for number, width in moe.width_classes) / moe.num_experts
         routed = moe.experts_per_token(length, training=True)

@@ -83,8 +83,10 @@ def decode(config: TransformerConfig, batch: int, context: int, weights: str = "
     found = _forward(config, tokens, weights)
     # A sequence's tokens see half of it on average, its last one sees all: twice as much.
     attention = config.attention
-    other_half = 2 * attention.heads * attention.head_width * context * len(config.layers)
-    found["attention"] += Work(batch * other_half, batch * kv_bytes(config, context))
+    charged = attention.heads * (attention.head_width + attention.value_width)
+    more = 2 * attention.heads * attention.decoded_width - charged
+    flops = batch * more * context * len(config.layers)
+    found["attention"] += Work(flops, batch * kv_bytes(config, context))
     return found
 
 
@@ -130,9 +132,8 @@ def train_step(
 
 
 def kv_bytes(config: TransformerConfig, context: int) -> float:
-    """Bytes of one sequence's keys and values in all layers."""
-    attention = config.attention
-    return 2 * attention.kv_heads * attention.head_width * context * len(config.layers) * KV_BYTES
+    """Bytes of one sequence's keys and values, or of the latents they are made of, in all layers."""
+    return config.attention.cached_width * context * len(config.layers) * KV_BYTES
 
 
 def _forward(config: TransformerConfig, tokens: Tokens, weights: str) -> Parts:
@@ -152,14 +153,16 @@ def _recomputed(config: TransformerConfig, tokens: Tokens) -> Work:
         return total({name: work for name, work in again.items() if name not in ("embedding", "head")})
     attention = config.attention
     taken = sum(entering(config, layer, tokens.length) ** 2 for layer in range(len(config.layers)))
-    scores = 2 * attention.heads * attention.head_width * tokens.length * taken
+    widths = attention.head_width + attention.value_width
+    scores = attention.heads * widths * tokens.length * taken
     return Work(scores * tokens.count, _attended_bytes(config, 1, tokens.count))
 
 
 def _attended_bytes(config: TransformerConfig, batch: int, length: int) -> float:
     """Queries, keys, values and results of attention in all layers, each once."""
     attention = config.attention
-    numbers = 2 * (attention.heads + attention.kv_heads) * attention.head_width
+    widths = attention.head_width + attention.value_width
+    numbers = (attention.heads + attention.kv_heads) * widths
     taken = sum(entering(config, layer, length) for layer in range(len(config.layers)))
     return batch * length * numbers * taken * ROW_BYTES
 

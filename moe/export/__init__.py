@@ -1,0 +1,1 @@
+"""Checkpoints that serve: to and from the formats that inference engines load."""

@@ -1,0 +1,72 @@
+"""The parameters of a run's checkpoint, read a layer at a time, without its optimizer."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+
+from moe.checkpoint import CONTENTS, STATE, Checkpoints, CheckpointStore
+from moe.errors import UserError
+from moe.seal import find_damage
+
+
+def find_checkpoint(directory: Path, config: Checkpoints, which: str) -> Path:
+    """The folder of one intact checkpoint of a run.
+
+    Args:
+        directory: of the run.
+        config: of its checkpoints.
+        which: `last`, `best` or a step. A line on stderr names newer ones that are damaged.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = directory / "checkpoints"
+    with CheckpointStore(folder, config) as store:
+        steps, best = store.steps(), store.best_step()
+    if which == "last":
+        for step in reversed(steps):
+            damage = find_damage(folder / str(step))
+            if damage is None:
+                return folder / str(step)
+            print(f"checkpoint {step} is damaged ({damage}): left out", file=sys.stderr)
+        raise UserError(f"{directory} has no intact checkpoint; train on, or put back a copy of one")
+    step = best if which == "best" else int(which) if which.isdecimal() else None
+    if step not in steps:
+        raise UserError(f"--checkpoint {which}: say last, best (if the run evaluated) or one of {steps}")
+    damage = find_damage(folder / str(step))
+    if damage is not None:
+        raise UserError(f"checkpoint {step} in {folder} is damaged ({damage}); take another of {steps}")
+    return folder / str(step)
+
+
+class CheckpointWeights:
+    """What a checkpoint holds of a model: the parameters that evaluation uses, and the controllers' bias.
+
+    Args:
+        checkpoint: folder of an intact checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path):
+        contents = json.loads((checkpoint / CONTENTS).read_text())
+        self.step: int = contents["step"]
+        self.averaged = any(name.startswith("average/") for name in contents["leaves"])
+        self._state = checkpoint.absolute() / STATE
+        roots = ("average" if self.averaged else "params", "controllers")
+        names = {name.removesuffix("/value"): name for name in contents["leaves"]}
+        self._stored = {
+            name.removeprefix(f"{root}/"): stored
+            for root in roots
+            for name, stored in names.items()
+            if name.startswith(f"{root}/")
+        }
+
+    def read(self, leaf: str, place: int | None) -> np.ndarray | None:
+        """One layer's part of a parameter (`moe.export.assemble.ReadWeights`)."""
+        if leaf not in self._stored:
+            return None
+        store = {"driver": "ocdbt", "base": f"file://{self._state}/", "path": self._stored[leaf] + "/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+        return (array if place is None else array[place]).read().result()

@@ -1,0 +1,17 @@
+"""The interpreter that has transformers; tests that need it are skipped where it is missing.
+
+`uv run python -m benchmarks.peers.environment transformers` makes that environment, as CI does.
+"""
+
+from pathlib import Path
+
+import pytest
+
+PYTHON = Path(__file__).parents[2] / ".peers" / "transformers" / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def transformers_python() -> Path:
+    if not PYTHON.exists():
+        pytest.skip("transformers is not installed: python -m benchmarks.peers.environment transformers")
+    return PYTHON

@@ -24,12 +24,12 @@ import jax
 import tokenizers
 
 from moe.config import override
-from moe.config.fields import declared_types, fit
 from moe.data import TrainedBPE, prepare
 from moe.data.tokenizer import vocabulary_size
 from moe.decode import CacheType, Decoder, Engine, Request, Sampling, dropped_in_training, for_decoding
+from moe.decode.prompts import Drawing, read_file
 from moe.decode.text import TextStream
-from moe.errors import UserError, one_line, run_main
+from moe.errors import UserError, run_main
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn.quantized import quantize_params
@@ -39,30 +39,6 @@ from moe.training.run_directory import read_experiment
 
 SLOTS_PER_DEVICE = 8  # for prompts from a file
 STEPS_AT_ONCE = 16  # where nobody watches the text come
-
-
-@dataclass(frozen=True)
-class Drawing(Sampling):
-    """How one prompt is gone on with."""
-
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely token (greedy)."""
-
-    max_new_tokens: int = 128
-    """Most tokens to generate."""
-
-    stop: tuple[str, ...] = ()
-    """Strings at which to stop, themselves left out. The end of a text stops too."""
-
-    ignore_end: bool = False
-    """Go on behind the end of a text, into the next one."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if "" in self.stop:
-            raise UserError(f"stop={self.stop} must not hold an empty string, which every text does")
 
 
 @dataclass(frozen=True)
@@ -250,7 +226,7 @@ def opened(out: str) -> Iterator[TextIO]:
 
 
 def read_prompts(options: Options) -> list[tuple[str, Drawing]]:
-    """Every prompt, and how to go on with it; the n-th of a file has n added to its seed.
+    """Every prompt, and how to go on with it.
 
     Raises:
         UserError: there is none, the file cannot be read, or a line of it is no good.
@@ -258,42 +234,11 @@ def read_prompts(options: Options) -> list[tuple[str, Drawing]]:
     drawing = Drawing(**{field.name: getattr(options, field.name) for field in fields(Drawing)})
     if (options.prompt is None) == (not options.prompts):
         raise UserError('give one of --prompt "a text" and --prompts FILE')
-    if options.prompt is not None:
-        if options.out:
-            raise UserError("--out is for --prompts; the text of --prompt goes to standard output")
-        return [(options.prompt, drawing)]
-    path = Path(options.prompts)
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read ({one_line(error)})") from error
-    if lines == [""]:
-        raise UserError(f"--prompts {path} is empty; give a prompt a line")
-    prompts = []
-    for number, line in enumerate(lines):
-        one = replace(drawing, seed=(drawing.seed + number) % 2**32)
-        in_json = path.suffix == ".jsonl"
-        prompts.append(from_object(line, one, f"{path}:{number + 1}") if in_json else (line, one))
-    return prompts
-
-
-def from_object(line: str, drawing: Drawing, where: str) -> tuple[str, Drawing]:
-    """A prompt, and how to go on with it, from a line of JSON."""
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {one_line(error)}") from error
-    types = {"prompt": str, **declared_types(Drawing)}
-    if not isinstance(given, dict) or "prompt" not in given or given.keys() - types.keys():
-        raise UserError(f'{where}: must be an object with "prompt", and may have {", ".join(types)}')
-    values = {
-        name: fit(tuple(value) if isinstance(value, list) else value, types[name], f"{where}: {name}")
-        for name, value in given.items()
-    }
-    try:
-        return values.pop("prompt"), replace(drawing, **values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    if options.prompt is None:
+        return read_file(Path(options.prompts), drawing)
+    if options.out:
+        raise UserError("--out is for --prompts; the text of --prompt goes to standard output")
+    return [(options.prompt, drawing)]
 
 
 def read_tokenizer(experiment: Experiment) -> tuple[tokenizers.Tokenizer, int]:

@@ -136,6 +136,11 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     experiment = read_experiment(directory)
     for what in experiment.model.looks_ahead:
         raise UserError(f"{what} lets tokens see later ones: the model cannot generate, so nothing serves it")
+    if experiment.quantization.weights:
+        raise UserError(
+            f"{directory} holds {experiment.quantization.weights} weights, which are not exported; "
+            "export the run that they were made from"
+        )
     jax.set_mesh(make_mesh(MeshConfig()))
     dataset = prepare(experiment.data)
     weights = CheckpointWeights(find_checkpoint(directory, experiment.checkpoints, options.checkpoint))

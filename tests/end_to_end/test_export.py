@@ -126,6 +126,18 @@ def test_a_command_that_cannot_work_says_why(trained: Workshop, arguments, messa
     assert not (trained.runs / "x").exists()
 
 
+def test_rounded_weights_are_not_taken_for_missing_ones(trained: Workshop):
+    rounded = trained.runs / "rounded"
+    shutil.copytree(trained.runs / "trained", rounded)
+    config = json.loads((rounded / "config.json").read_text())
+    config["quantization"]["weights"] = "int8"
+    (rounded / "config.json").write_text(json.dumps(config))
+    ended = trained.call("export.py", "runs/rounded", "--out", "out/rounded")
+    assert ended.code == 2
+    assert "runs/rounded holds int8 weights" in ended.err
+    assert not (trained.folder / "out" / "rounded").exists()
+
+
 def test_a_checkpoint_with_another_vocabulary_is_refused(trained: Workshop):
     if not (trained.folder / "out" / "hf").exists():
         export(trained, "--out", "out/hf")

@@ -48,6 +48,7 @@ def no_flags(monkeypatch):
     """libtpu takes its flags once for all topologies, and those of one generation are refused by another."""
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.gpu.cases import Program, measure
+from benchmarks.gpu.decode_report import decode_page, decode_summary
 from benchmarks.gpu.report import grouped_matmul_page, moe_layer_page
 from benchmarks.gpu.summary import grouped_matmul_summary, moe_layer_summary, with_summary
 from benchmarks.provenance import provenance
 from benchmarks.worker import ROOT
 
 PAGES = {
+    "decode": (decode_page, decode_summary),
     "grouped_matmul": (grouped_matmul_page, grouped_matmul_summary),
     "moe_layer": (moe_layer_page, moe_layer_summary),
 }

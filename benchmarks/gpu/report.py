@@ -66,7 +66,7 @@ def grouped_matmul_page(results: dict[str, Any]) -> str:
                     )
                 )
         sections.append("\n".join(lines))
-    return "\n\n".join([*sections, _grouped_error_note(), *_failures(figures)]) + "\n"
+    return "\n\n".join([*sections, _grouped_error_note(), *failures(figures)]) + "\n"
 
 
 def moe_layer_page(results: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def moe_layer_page(results: dict[str, Any]) -> str:
     figures = Figures(results)
     sections = [_head(results, figures, "Whole MoE layers", "moe_layer")]
     sections += [_layer_section(figures, passed) for passed in ("forward", "forward + backward")]
-    return "\n\n".join([*sections, _layer_note(), *_failures(figures)]) + "\n"
+    return "\n\n".join([*sections, _layer_note(), *failures(figures)]) + "\n"
 
 
 def _layer_section(figures: Figures, passed: str) -> str:
@@ -155,7 +155,8 @@ float32 result over its norm, for the same choice of experts: of the output and 
 some tokens, of the gradients of the most used expert's matrices over all. All three under uniform routing."""
 
 
-def _failures(figures: Figures) -> list[str]:
+def failures(figures: Figures) -> list[str]:
+    """A section that says what was not measured and why, if anything was not."""
     if not figures.failed:
         return []
     named = ("program", "case", "pass", "routing")

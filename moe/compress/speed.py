@@ -68,10 +68,11 @@ def measure_speed(
         decoders = [Decoder.of(config, params, controllers) for params in weights]
     except UserError as error:
         return str(error)
-    return [_at(decoders, batch * jax.device_count(), workload) for batch in workload.batches]
+    return [speed_of(decoders, batch * jax.device_count(), workload) for batch in workload.batches]
 
 
-def _at(decoders: list[Decoder], batch: int, workload: Workload) -> Speed:
+def speed_of(decoders: Sequence[Decoder], batch: int, workload: Workload) -> Speed:
+    """Greedy generation with each decoder, so many sequences at once over all devices."""
     vocabulary = decoders[0].config.vocab_size
     prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, workload.prompt)).tolist()
     engines = [

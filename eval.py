@@ -247,7 +247,7 @@ def trace(run: Run, restored: Restored) -> None:
     metadata = {"run": experiment.name, "step": restored.step, "data": options.trace_data}
     metadata |= {"strategy": strategy, "config": config}
     sequences = write_trace(
-        path, found.token_id, found.expert, found.combine_weight, found.num_experts, metadata
+        path, found.token_id, found.expert, found.combine_weight, found.num_experts, metadata, found.mask
     )
     _, layers, length, experts = found.expert.shape
     print(

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32, UInt64
+from jaxtyping import Array, Bool, Float, Int, UInt32, UInt64
 
 from moe.errors import UserError
 from moe.routing.integer_hash import integer_hash
@@ -97,6 +97,7 @@ def write_trace(
     combine_weight: Float[np.ndarray, "N L S K"],
     num_experts: int,
     metadata: Mapping[str, Any],
+    mask: Bool[np.ndarray, "N S"] | None = None,
 ) -> int:
     """Write a trace, whole or not at all; of equal sequences the first is kept.
 
@@ -107,6 +108,7 @@ def write_trace(
         combine_weight: anything where `expert` is padding.
         num_experts: E.
         metadata: what else to note, as JSON holds it.
+        mask: False for padding, which goes nowhere and does not count in the mean.
 
     Returns:
         How many sequences it holds.
@@ -116,12 +118,13 @@ def write_trace(
     """
     hashes = sequence_hashes(token_id)
     kept = np.sort(np.unique(hashes, return_index=True)[1])
-    sequences, layers, length, _ = expert.shape
+    _, layers, length, _ = expert.shape
+    tokens = token_id.size if mask is None else mask.sum()
     shape = {
         "num_experts": num_experts,
         "layers": layers,
         "sequence_length": length,
-        "experts_per_token": float((expert < num_experts).sum() / (sequences * layers * length)),
+        "experts_per_token": float((expert < num_experts).sum() / (layers * tokens)),
     }
     arrays = {
         "hash": hashes[kept],

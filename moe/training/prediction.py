@@ -73,11 +73,11 @@ def predict_cost(path: str, arguments: list[str]) -> None:
     asked = override(Prediction(**given), arguments, prog=f"eval.py {path}", description=description)
     directory = Path("runs") / asked.name if path.endswith(".py") else Path(path)
     chips, dollars = hardware_named(asked.hardware), prices(asked.price)
-    jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))  # nothing is allocated on it
-    load = None if path.endswith(".py") else measured_load(directory, asked)
-    found = predict(setup(asked, load), chips, dollars, asked.chips)
-    show(found)
-    print("written:", *write(found, directory / "report", arguments), sep="\n  ")
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):  # nothing is allocated on it
+        load = None if path.endswith(".py") else measured_load(directory, asked)
+        found = predict(setup(asked, load), chips, dollars, asked.chips)
+        show(found)
+        print("written:", *write(found, directory / "report", arguments), sep="\n  ")
 
 
 def setup(asked: Prediction, load: Float[np.ndarray, "L E"] | None) -> Setup:

@@ -62,6 +62,7 @@ def test_experts_observe_what_enters_each_matrix():
     gate, up, down = normal(2, 6, 4), normal(2, 6, 4), normal(2, 4, 6)
     rows, groups = normal(32, 6), Groups(jnp.array([3, 4]), 4)
 
+    @jax.jit
     def run(*moments):
         observed = map(ObservedMatrix, (gate, up, down), moments)
         return expert_mlp(rows, *observed, groups)[np.r_[0:3, 4:8]].sum()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moe.balance import LossFreeBias
-from moe.export.keys import Always, Ours, Theirs
+from moe.export.keys import Always, DenseFirst, Key, Ours, Theirs
 from moe.nn import TransformerConfig
 from moe.routing import TopK
 from moe.routing.group_limited import GroupLimitedTopK
@@ -63,3 +63,22 @@ class SharedWidth:
         """See `Key`."""
         width = config["shared_expert_intermediate_size"]
         return {"moe.shared_experts": 1, "moe.shared_width": width, "moe.shared_gate": "sigmoid"}
+
+
+def sigmoid_mixture(scale: float) -> tuple[Key | DenseFirst | BiasedSigmoid | SharedCount, ...]:
+    """Dense layers first, then mixtures with sigmoid scores.
+
+    Args:
+        scale: of the routed experts, where config.json gives none.
+    """
+    return (
+        DenseFirst(),
+        Key("intermediate_size", "dense_width"),
+        Key("n_routed_experts num_local_experts", "moe.num_experts"),
+        Key("moe_intermediate_size", "moe.expert_width"),
+        Key("num_experts_per_tok", "moe.routing.k"),
+        Key("norm_topk_prob", "moe.routing.renormalize", True),
+        Key("routed_scaling_factor", "moe.routing.scale", scale),
+        BiasedSigmoid(),
+        SharedCount(),
+    )

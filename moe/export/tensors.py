@@ -113,6 +113,7 @@ EXPERTS = (
 )
 
 SCORE_BIAS = (Tensor("mlp.gate.e_score_correction_bias", "moe/controller_state/bias", float32=True),)
+SIGMOID_MIXTURE = (*DENSE, *EXPERTS, *SCORE_BIAS, *feed_forward("mlp.shared_experts", "moe/shared"))
 
 
 class Slot(NamedTuple):

@@ -2,18 +2,9 @@
 
 from moe.export.architecture import Architecture, LlamaCpp
 from moe.export.attention_keys import Latents, Rope
-from moe.export.keys import BODY, Always, DenseFirst, Key
-from moe.export.moe_keys import BiasedSigmoid, SharedCount
-from moe.export.tensors import (
-    DENSE,
-    EXPERTS,
-    MODEL,
-    NORMS,
-    SCORE_BIAS,
-    TRANSPOSED,
-    Tensor,
-    feed_forward,
-)
+from moe.export.keys import BODY, Always
+from moe.export.moe_keys import sigmoid_mixture
+from moe.export.tensors import MODEL, NORMS, SIGMOID_MIXTURE, TRANSPOSED, Tensor
 
 LATENT_ATTENTION = (
     Tensor("self_attn.q_proj.weight", "attention/w_q", TRANSPOSED),
@@ -35,24 +26,13 @@ DEEPSEEK_V3 = Architecture(
         Rope(),
         Always("attention_bias", False),
         Always("rms_norm_eps", 1e-6),  # transformers has no other one in the latents' norms
-        DenseFirst(),
-        Key("intermediate_size", "dense_width"),
-        Key("n_routed_experts num_local_experts", "moe.num_experts"),
-        Key("moe_intermediate_size", "moe.expert_width"),
-        Key("num_experts_per_tok", "moe.routing.k"),
-        Key("norm_topk_prob", "moe.routing.renormalize", True),
-        Key("routed_scaling_factor", "moe.routing.scale", 2.5),
-        BiasedSigmoid(),
-        SharedCount(),
+        *sigmoid_mixture(scale=2.5),
     ),
     tensors=(
         *MODEL,
         *NORMS,
         *LATENT_ATTENTION,
-        *DENSE,
-        *EXPERTS,
-        *SCORE_BIAS,
-        *feed_forward("mlp.shared_experts", "moe/shared"),
+        *SIGMOID_MIXTURE,
     ),
     llama_cpp=LlamaCpp(
         "deepseek2",

@@ -16,6 +16,7 @@ from moe.dispatch import AllToAll, Auto, Exchange
 from moe.dispatch.rounds import Buffers
 from moe.kernels import rows_needed
 from moe.kernels.attention import fits_cudnn
+from moe.kernels.device import present_device
 from moe.mesh import AXES, axes, axis_size
 from moe.nn import TransformerConfig, structure
 from moe.routing import Blending
@@ -232,9 +233,8 @@ def exchange_of(step: Step) -> Exchange:
     exchange = moe.dispatch.exchange
     if not isinstance(exchange, Auto):
         return exchange
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     k = _choices(step)
-    return exchange.choose(axis_size("expert"), k, device, keep_outputs=moe.needs_outputs)
+    return exchange.choose(axis_size("expert"), k, present_device(), keep_outputs=moe.needs_outputs)
 
 
 def _choices(step: Step) -> int:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Float
 
 from moe.dispatch.all_to_all import AllToAll
@@ -10,6 +9,7 @@ from moe.dispatch.exchange import Exchange, ExpertWeights, Returned, Work
 from moe.dispatch.gather import Gather
 from moe.dispatch.ragged_all_to_all import RaggedAllToAll, sends_exact_counts
 from moe.dispatch.rounds import Buffers
+from moe.kernels.device import present_device
 from moe.mesh import axis_size
 from moe.routing.assignment import Routing
 
@@ -30,9 +30,8 @@ class Auto(Exchange):
         self, work: Work, x: Float[Array, "groups T D"], routing: Routing, weights: ExpertWeights
     ) -> Returned:
         """See `Exchange`."""
-        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
         k = -(-routing.expert.shape[1] // x.shape[1])
-        exchange = self.choose(axis_size("expert"), k, device, keep_outputs=work.keep_outputs)
+        exchange = self.choose(axis_size("expert"), k, present_device(), keep_outputs=work.keep_outputs)
         return exchange(work, x, routing, weights)
 
     def choose(self, devices: int, k: int, device, *, keep_outputs: bool) -> Exchange:

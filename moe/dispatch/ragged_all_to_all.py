@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.dispatch.all_to_all import AllToAll
+from moe.kernels.device import present_device
 from moe.mesh import axis_index
 
 
@@ -28,8 +29,7 @@ class RaggedAllToAll(AllToAll):
         self, rows: Float[Array, "R ..."], sent: Int[Array, "devices"], received: Int[Array, "devices"]
     ) -> Float[Array, "R ..."]:
         """See `AllToAll`."""
-        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-        if device.platform == "cpu":
+        if present_device().platform == "cpu":
             return super().swap(rows, sent, received)
         devices, places = len(sent), len(rows) // len(sent)
         parts = jnp.arange(devices, dtype=jnp.int32) * places

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe.kernels.device import present_device
+
 PARTS = 3  # bf16 numbers, of 8 bits each, that hold the 24 bits of a float32
 
 
 def linear_float32(x: Float[Array, "G T D"], w: Float[Array, "D E"]) -> Float[Array, "G T E"]:
     """x @ w in float32, whatever the dtype of x. Gradients too, rounded to the dtypes of x and w."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = present_device()
     if device.device_kind.startswith("NVIDIA") and x.dtype == jnp.bfloat16 and w.dtype == jnp.float32:
         return _by_parts(x, w)
     return reference(x, w)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.kernels import hopper
+from moe.kernels.device import present_device
 from moe.kernels.expert_mlp import expert_mlp, swiglu
 from moe.kernels.permute import Plan, assignment_rows, gather_rows
 from moe.kernels.quantized_matmul import quantized_matmul
@@ -76,8 +77,8 @@ def tile_for(
 
 
 def platform() -> str:
-    """Where what is traced now will run, "cpu", "gpu" or "tpu": by the devices of the mesh, if one is set."""
-    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+    """Where what is traced now will run: "cpu", "gpu" or "tpu"."""
+    return present_device().platform
 
 
 def _few_rows_fit(x, *matrices) -> bool:

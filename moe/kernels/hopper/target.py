@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moe.kernels.device import present_device
 from moe.kernels.groups import Groups
 from moe.kernels.hopper.pipeline import ROWS
 
@@ -12,9 +13,13 @@ WIDTH = 128  # in whole numbers of which matrices are cut
 
 
 def present() -> bool:
-    """Whether what is traced now will run on a Hopper GPU: by the devices of the mesh, if one is set."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return any(chip in device.device_kind.split() for chip in CHIPS)
+    """Whether what is traced now will run on a Hopper GPU."""
+    return present_chip() is not None
+
+
+def present_chip() -> str | None:
+    """The Hopper chip that what is traced now will run on."""
+    return next((chip for chip in CHIPS if chip in present_device().device_kind.split()), None)
 
 
 def fits(groups: Groups, *operands: Array | jax.ShapeDtypeStruct) -> bool:

@@ -10,11 +10,9 @@ from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
 
-import jax
-
 from moe.kernels.groups import Groups
 from moe.kernels.hopper.pipeline import CHUNK, DEPTH, MULTIPLIERS, ROWS, SHARED_MEMORY, Tiles
-from moe.kernels.hopper.target import CHIPS
+from moe.kernels.hopper.target import present_chip
 
 TABLES = Path(__file__).parent / "tables"
 BY_ROWS = MULTIPLIERS * ROWS  # rows of a tile that the multipliers share by rows
@@ -127,12 +125,6 @@ def shared_memory(tiles: Tiles) -> int:
 def most_stages(rows: int, columns: int) -> int:
     """That fit into shared memory."""
     return max(n for n in range(1, 64) if shared_memory(Tiles(rows, columns, stages=n)) <= SHARED_MEMORY)
-
-
-def present_chip() -> str | None:
-    """The Hopper chip that what is traced now will run on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return next((chip for chip in CHIPS if chip in device.device_kind.split()), None)
 
 
 def table_file(chip: str) -> Path:

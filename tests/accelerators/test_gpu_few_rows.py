@@ -105,4 +105,6 @@ def test_few_rows(dtype, tile, group_sizes, seed):
     arguments = (given_rows, matrices, scales, np.array(group_sizes, np.int32))
     found = few_rows(*arguments, tile=tile)
     check(found, rows, weights, places, 2 * TOLERANCE[x_dtype])
-    assert jnp.array_equal(found, few_rows(*arguments, tile=tile), equal_nan=True)
+    again = few_rows(*arguments, tile=tile)
+    for mine in places:  # rows between groups are nobody's and stay unwritten
+        assert jnp.array_equal(found[mine], again[mine])

@@ -1,4 +1,4 @@
-"""On a Hopper GPU: products of few rows, against float64 with the same rounded numbers."""
+"""On a Hopper GPU: products of few rows and of int8 rows, against float64 with the same rounded numbers."""
 
 from functools import partial
 
@@ -10,11 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe.kernels import Groups, hopper, rows_needed
+from moe.kernels.hopper.int8_products import int8_product, int8_swiglu
 from moe.kernels.hopper.target import present
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not present(), reason="no Hopper GPU")]
 
-EXPERTS, ASSIGNMENTS, WIDTH, HIDDEN = 12, 80, 512, 384
+EXPERTS, ASSIGNMENTS, WIDTH, HIDDEN, TOKENS = 12, 80, 512, 384, 40
 SHAPES = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # of the largest number, two roundings at most
 
@@ -108,3 +109,35 @@ def test_few_rows(dtype, tile, group_sizes, seed):
     again = few_rows(*arguments, tile=tile)
     for mine in places:  # rows between groups are nobody's and stay unwritten
         assert jnp.array_equal(found[mine], again[mine])
+
+
+@jax.jit
+def all_int8(x, x_scale, token, matrices, scales, group_sizes):
+    groups = Groups(group_sizes, 128)
+    hidden = int8_swiglu(x, x_scale[token], matrices[0], matrices[1], scales[:2], groups, token=token)
+    step = jnp.max(jnp.abs(hidden.astype(jnp.float32)), axis=1) / 127
+    numbers = jnp.round(hidden.astype(jnp.float32) / step[:, None]).astype(jnp.int8)
+    return hidden, numbers, step, int8_product(numbers, step, matrices[2], scales[2], groups)
+
+
+@settings(max_examples=8)
+@with_examples
+def test_int8_rows(group_sizes, seed):
+    """Integers are summed exactly, so that only the result is rounded."""
+    weights, rows, places = drawn(group_sizes, 128, seed)
+    random = np.random.default_rng(seed)
+    x = random.integers(-127, 128, (TOKENS, WIDTH), np.int8)
+    x_scale = random.uniform(0.005, 0.02, TOKENS).astype(np.float32)
+    token = random.integers(0, TOKENS, len(rows))
+    matrices, scales = zip(*(int8(w) for w in weights.values()), strict=True)
+    hidden, numbers, step, y = all_int8(x, x_scale, token, matrices, scales, np.array(group_sizes, np.int32))
+    gate, up, down = (
+        m.swapaxes(1, 2) * s[:, None].astype(np.float64) for m, s in zip(matrices, scales, strict=True)
+    )
+    real = x.astype(np.float64) * x_scale[:, None]
+    check(hidden, real[token], {"gate": gate, "up": up}, places, TOLERANCE["bfloat16"])
+    y, numbers = (np.asarray(a.astype(jnp.float32), np.float64) for a in (y, numbers))
+    for e, mine in enumerate(places):
+        if mine.start < mine.stop:
+            expected = numbers[mine] * np.asarray(step, np.float64)[mine, None] @ down[e]
+            assert np.abs(y[mine] - expected).max() < TOLERANCE["bfloat16"] * np.abs(expected).max()

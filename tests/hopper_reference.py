@@ -64,3 +64,17 @@ def swiglu(gate, up):
 
 def _wide(x, token=None):
     return (x if token is None else x[token]).astype(jnp.float32)
+
+
+def int8_product(x, x_scale, w, w_scale, groups, *, dtype):
+    w = w.astype(jnp.float32) * w_scale[..., None]
+    return product(x.astype(jnp.float32) * x_scale[:, None], w, groups, transposed=True).astype(dtype)
+
+
+def int8_swiglu(x, x_scale, w_gate, w_up, scales, groups, *, token=None, dtype):
+    x = x if token is None else x[token]
+    both = (
+        int8_product(x, x_scale, w, scale, groups, dtype=dtype)
+        for w, scale in zip((w_gate, w_up), scales, strict=True)
+    )
+    return swiglu(*both)

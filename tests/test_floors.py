@@ -23,6 +23,7 @@ FLOOR = {room: number for number, rooms in FLOORS.items() for room in rooms}
 SHARED = {
     ("dispatch", "moe.routing.assignment"),
     ("balance", "moe.routing.assignment"),
+    ("kernels", "moe.quant.format"),
     ("kernels", "moe.quant.matrix"),
     ("kernels", "moe.quant.rows"),
 }

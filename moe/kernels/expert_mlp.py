@@ -3,7 +3,8 @@
 CPU        one loop over row tiles forward and one backward, of one iteration where the matrices are small
 GPU, TPU   three grouped products forward and six backward
 
-With quantised or observed matrices it is three grouped products everywhere.
+With quantised or observed matrices it is three grouped products everywhere, but of int8 rows on Hopper
+the first two are one kernel.
 """
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from moe.kernels.grouped_matmul import grouped_matmul, product, transpose_product
 from moe.kernels.groups import Groups
+from moe.kernels.int8_rows import int8_rows_fit, int8_rows_mlp
 from moe.kernels.observe import ObservedMatrix, observed_grouped_matmul
 from moe.kernels.tiles import (
     TileLoop,
@@ -42,6 +44,8 @@ def expert_mlp(
     Differentiable in all four arrays; backward keeps the two [R, F] pre-activations. What holds for rows of
     padding is said at `grouped_matmul`.
     """
+    if int8_rows_fit(groups, rows, w_gate, w_up, w_down):
+        return int8_rows_mlp(rows, w_gate, w_up, w_down, groups)
     if groups.uniform or any(isinstance(w, NotPlain) for w in (w_gate, w_up, w_down)):
         return reference(rows, w_gate, w_up, w_down, groups)
     return _expert_mlp(rows, w_gate, w_up, w_down, groups)

@@ -6,9 +6,9 @@
     W8A8            rows rounded to codes with one scale a token, products in int32 (fp8: in float32)
 
 Grouped by expert, this is done a tile of rows at a time, so that only experts in use are unpacked; on TPU
-`lax.ragged_dot` takes them whole, and on Hopper weight-only ones are unpacked for the kernels of training,
-which pays for many rows; for few see `touched_mlp`. A kernel for one platform is chosen in `quantized_matmul`
-and `quantized_grouped_matmul`.
+`lax.ragged_dot` takes them whole, and on Hopper rounded rows have kernels of their own (`int8_rows`) while
+weight-only matrices are unpacked for the kernels of training, which pays for many rows; for few see
+`touched_mlp`. A kernel for one platform is chosen in `quantized_matmul` and `quantized_grouped_matmul`.
 """
 
 from functools import partial
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from moe.kernels import hopper
 from moe.kernels.groups import TILES_AT_ONCE, Groups
+from moe.kernels.int8_rows import int8_rows_fit, int8_rows_product
 from moe.kernels.tiles import TileLoop
 from moe.quant.matrix import QuantizedMatrix, dequantize, rescale
 from moe.quant.rows import quantize_rows, split_rows
@@ -44,6 +45,8 @@ def quantized_grouped_matmul(
     experts, _, width = w.shape
     if groups.uniform:
         return quantized_matmul(rows.reshape(experts, -1, rows.shape[-1]), w).reshape(-1, width)
+    if int8_rows_fit(groups, rows, w):
+        return int8_rows_product(rows, w, groups)
     if not w.format.dynamic and hopper.fits(groups, rows, jax.ShapeDtypeStruct(w.shape, rows.dtype)):
         unpacked = jnp.swapaxes(dequantize(w, rows.dtype), 1, 2)
         return hopper.product(rows, unpacked, groups, transposed=True)

@@ -1,7 +1,7 @@
 """Tokens through their experts and summed by combine weight, as one operation: gather, SwiGLU, combine.
 
 Hopper   the gather is part of the products unless experts are wide, SwiGLU and its derivative are in
-         their epilogues
+         their epilogues; int8 matrices have kernels of their own, without gradients
 other    `gather_rows`, `expert_mlp`, `combine_rows`
 """
 
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moe.kernels import hopper
 from moe.kernels.expert_mlp import expert_mlp
+from moe.kernels.int8_rows import int8_rows_fit, int8_rows_mlp
 from moe.kernels.permute import Plan, combine_rows, gather_rows, sum_by_token
 
 
@@ -29,6 +30,9 @@ def routed_mlp(
     """
     if hopper.fits(plan.groups, x, w_gate, w_up, w_down):
         return _on_hopper(x, w_gate, w_up, w_down, combine_weight, plan)
+    if int8_rows_fit(plan.groups, x, w_gate, w_up, w_down):
+        rows = int8_rows_mlp(x, w_gate, w_up, w_down, plan.groups, plan.row_token(padding=0))
+        return sum_by_token(rows, plan, x.shape[0], combine_weight)
     return reference(x, w_gate, w_up, w_down, combine_weight, plan)
 
 

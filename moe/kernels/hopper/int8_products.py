@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int8
 
 from moe.kernels.groups import Groups
-from moe.kernels.hopper.pipeline import CHUNK, Tiles, stage_depth, store_piece
+from moe.kernels.hopper.pipeline import CHUNK, MULTIPLIERS, ROWS, Tiles, stage_depth, store_piece
 from moe.kernels.hopper.row_products import sigmoid
 from moe.kernels.hopper.rows_kernel import Share, rows_kernel
 
@@ -42,7 +42,8 @@ def int8_product(
         dtype: of the result.
         tiles: how the product is cut.
     """
-    tiles, (_, width, depth) = tiles or Tiles(), w.shape
+    _, width, depth = w.shape
+    tiles = tiles or _tiles(groups, 256 if width % 256 == 0 else 128)
 
     def load_b(refs, expert, step, column, into, barrier):
         k, n = pl.ds(step * STAGE, STAGE), pl.ds(column * tiles.columns, tiles.columns)
@@ -95,7 +96,8 @@ def int8_swiglu(
 
     With `token` the rows are x[token], read row by row; `x_scale` is of these rows all the same.
     """
-    tiles, (_, width, depth) = tiles or Tiles(), w_gate.shape
+    _, width, depth = w_gate.shape
+    tiles = tiles or _tiles(groups, 256)
     half = tiles.columns // 2
 
     def load_b(refs, expert, step, column, into, barrier):
@@ -134,6 +136,11 @@ def int8_swiglu(
         dtype=dtype,
     )
     return hidden
+
+
+def _tiles(groups: Groups, columns: int) -> Tiles:
+    by_rows = MULTIPLIERS * ROWS
+    return Tiles(by_rows if groups.tile % by_rows == 0 else ROWS, columns)
 
 
 def _of_rows(ref, share: Share, row):

@@ -11,15 +11,17 @@
 - The same model asked for 32 tokens behind a prompt of 512, again and again: median and 99th percentile.
 
 `benchmarks/gpu/decode_layer_jax.py` and `decode_model_jax.py` say what exactly is timed. Results go to
-`benchmarks/results/decode_GPU.json` and `docs/results/decode_GPU.md`.
+`benchmarks/results/decode_GPU.json` and `docs/results/decode_GPU.md`; those of one part replace its
+earlier ones there, and the other parts stay if they are of the same commit and card.
 """
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from benchmarks.gpu.command import Common, keep, program, render, run
+from benchmarks.gpu.command import Common, keep, program, render, results_file, run
 from benchmarks.gpu.decode_shapes import BATCHES, DECODED
 from moe.errors import run_main
 
@@ -31,7 +33,7 @@ TRANSFORMERS = "benchmarks/peers/decode_transformers.py"
 class Options(Common):
     """What to measure, and where to keep it."""
 
-    only: Literal["layers", "model", ""] = ""
+    only: Literal["layers", "prefill", "model", "request", ""] = ""
     """A part of it."""
 
 
@@ -41,20 +43,44 @@ def main() -> None:
     if options.render:
         render(options.render, "decode")
         return
-    work = []
-    if options.only != "model":
-        cases = [{"name": "copy", "kind": "copy"}]
-        for key, shape in DECODED.items():
-            cases.append({"name": shape.name, "kind": "decode", "layer": key})
-            cases.append({"name": shape.name, "kind": "prefill", "layer": key})
-        work.append((program(options, "Switchyard", LAYERS, torch=False), cases))
-    if options.only != "layers":
-        batches, requests = (BATCHES[:1], 3) if options.quick else (BATCHES, 200)
-        generation = [{"name": f"OLMoE-1B-7B, batch {batch}", "batch": batch} for batch in batches]
-        request = {"name": "OLMoE-1B-7B, one request", "requests": requests}
-        work.append((program(options, "Switchyard", MODEL, torch=False), [*generation, request]))
-        work.append((program(options, "transformers", TRANSFORMERS, torch=True), generation))
-    keep(options, "decode", run(options, work))
+    parts = parts_of(options)
+    chosen = {part: parts[part] for part in ([options.only] if options.only else parts)}
+    results = run(options, [work for of_part in chosen.values() for work in of_part])
+    names = (part for part, of_part in chosen.items() for _ in of_part)
+    for part, told in zip(names, results["programs"], strict=True):
+        told["part"] = part
+    kept = results_file(options, "decode", results)
+    if options.only and kept.exists():
+        results = joined(json.loads(kept.read_text()), results)
+    keep(options, "decode", results)
+
+
+def parts_of(options: Options) -> dict[str, list]:
+    """The programs of each part, with their cases."""
+    layers, prefill = [{"name": "copy", "kind": "copy"}], []
+    for key, shape in DECODED.items():
+        layers.append({"name": shape.name, "kind": "decode", "layer": key})
+        prefill.append({"name": shape.name, "kind": "prefill", "layer": key})
+    batches, requests = (BATCHES[:1], 3) if options.quick else (BATCHES, 200)
+    generation = [{"name": f"OLMoE-1B-7B, batch {batch}", "batch": batch} for batch in batches]
+    request = [{"name": "OLMoE-1B-7B, one request", "requests": requests}]
+    of_layers, model = (program(options, "Switchyard", script, torch=False) for script in (LAYERS, MODEL))
+    peer = program(options, "transformers", TRANSFORMERS, torch=True)
+    return {
+        "layers": [(of_layers, layers)],
+        "prefill": [(of_layers, prefill)],
+        "model": [(model, generation), (peer, generation)],
+        "request": [(model, request)],
+    }
+
+
+def joined(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Results, and those of the parts that only an earlier run measured, on the same card and commit."""
+    if any(before[key] != results[key] for key in ("commit", "modified", "gpu")):
+        return results
+    measured = {told["part"] for told in results["programs"]}
+    others = [told for told in before["programs"] if told["part"] not in measured]
+    return results | {"programs": [*others, *results["programs"]]}
 
 
 if __name__ == "__main__":

@@ -103,10 +103,15 @@ def keep(options: Common, name: str, results: dict[str, Any]) -> None:
         return
     if options.out:
         write(options.out.with_suffix(".md"), page(results))
-    out = options.out or ROOT / "benchmarks" / "results" / f"{name}_{card(results)}.json"
+    out = results_file(options, name, results)
     write(out, json.dumps(results, indent=1) + "\n")
     if not options.out:
         render(out, name)
+
+
+def results_file(options: Common, name: str, results: dict[str, Any]) -> Path:
+    """Where results go."""
+    return options.out or ROOT / "benchmarks" / "results" / f"{name}_{card(results)}.json"
 
 
 def render(kept: Path, name: str) -> None:

@@ -82,11 +82,16 @@ def through(dispatch: Dispatch, shape: LayerShape, x, weights: Weights, chosen):
     token = jnp.repeat(jnp.arange(x.shape[1], dtype=jnp.int32), shape.k)[None]
     weight = jnp.full(token.shape, 1 / shape.k)
     token, weight = jax.sharding.reshard((token, weight), spec("batch"))
-    for expert in chosen:
+
+    @jax.jit  # traced and lowered once, not for every step
+    def layer(x, expert, weights):
         expert = jax.sharding.reshard(expert.reshape(1, -1), spec("batch"))
         routing = Routing(token, expert, weight, None, shape.k)
         y, *_ = dispatch(x, routing, weights, SWIGLU_EXPERTS, num_experts=shape.experts, keep_outputs=False)
-        x += y
+        return x + y
+
+    for expert in chosen:
+        x = layer(x, expert, weights)
     return x
 
 

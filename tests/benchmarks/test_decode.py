@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.decode import joined
 from benchmarks.gpu.decode_report import decode_page
 from benchmarks.gpu.decode_shapes import DECODED, choices, touched_bytes
 from benchmarks.gpu.shapes import LayerShape
@@ -24,6 +25,16 @@ def test_bytes_are_those_of_experts_once_a_step():
     chosen = np.array([[[0, 1, 2], [2, 3, 0]], [[5, 6, 7], [5, 6, 7]]])  # four experts, then three
     assert touched_bytes(SHAPE, chosen, 16) == 7 * 3 * 8 * 4 * 2
     assert touched_bytes(SHAPE, chosen, 8) == 7 * (3 * 8 * 4 + 4 * (4 + 4 + 8))
+
+
+def test_parts_of_one_commit_are_kept_side_by_side():
+    def run(commit, **parts):
+        told = [{"part": part, "records": [n]} for part, n in parts.items()]
+        return {"commit": commit, "modified": False, "gpu": {"name": "H100"}, "programs": told}
+
+    both = joined(run("a", layers=1, model=2), run("a", layers=3))
+    assert {told["part"]: told["records"] for told in both["programs"]} == {"model": [2], "layers": [3]}
+    assert joined(run("a", layers=1), run("b", model=2)) == run("b", model=2)
 
 
 def test_the_page():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from moe.kernels import Groups, Plan, rows_needed
+from moe.kernels import Groups, Plan, layout_triton, rows_needed
 
 BLOCK = 32  # assignments compared with each other: as many as the CPU's vectors take at once
 
@@ -48,11 +48,14 @@ def by_expert(
         per_token: see `Plan`.
         most: assignments that have a row, at most; None for all.
     """
+    rows = rows_needed(expert.shape[0] if most is None else most, num_experts, tile)
+    if layout_triton.fits(expert.shape[0]):
+        row, assignment, layout = layout_triton.lay_out(expert, num_experts, tile, rows)
+        return Plan(row, token, assignment, jnp.zeros_like(row, bool), layout, per_token)
     here = (expert >= 0) & (expert < num_experts)
     expert = jnp.where(here, expert, num_experts)
     rank, sizes = queues(expert, num_experts)
     layout = Groups(sizes, tile)
-    rows = rows_needed(expert.shape[0] if most is None else most, num_experts, tile)
     start = layout.starts().at[expert].get(mode="fill", fill_value=0)
     row = jnp.where(here, start + rank, rows)
     return Plan.build(row, token, jnp.zeros_like(here), layout, rows, per_token)

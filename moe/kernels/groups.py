@@ -1,12 +1,23 @@
 """How rows lie when they are grouped by expert."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 TILES_AT_ONCE = 4  # tiles whose products the CPU loop makes together, so that every core has some
+
+
+class TileExperts(NamedTuple):
+    """What a kernel that goes through tiles of rows asks for."""
+
+    expert: Int[Array, "tiles"]
+    """Of each tile; behind the last group the last expert."""
+
+    used: Int[Array, "1"]
+    """Tiles that hold rows."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +38,9 @@ class Groups:
     uniform: bool = jax.tree.static(default=False)
     """Every expert owns exactly R / E rows, whatever `group_sizes` says of their use (capacity dispatch)."""
 
+    tiles: TileExperts | None = None
+    """The experts of the tiles, where they were found together with the rows."""
+
     def padded_sizes(self) -> Int[Array, "E"]:
         """Rows of each expert, padding counted."""
         return -(-self.group_sizes // self.tile) * self.tile
@@ -38,12 +52,16 @@ class Groups:
 
     def tile_experts(self, tiles: int) -> Int[Array, "tiles"]:
         """The expert of each tile; tiles behind the last group say the last expert."""
+        if self.tiles is not None and self.tiles.expert.shape[0] == tiles:
+            return self.tiles.expert
         ends = jnp.cumsum(self.padded_sizes()) // self.tile
         experts = jnp.searchsorted(ends, jnp.arange(tiles), side="right", method="compare_all")
         return jnp.minimum(experts, self.group_sizes.shape[0] - 1)
 
     def used_tiles(self) -> Int[Array, ""]:
         """Tiles that hold rows."""
+        if self.tiles is not None:
+            return self.tiles.used[0]
         return self.padded_sizes().sum() // self.tile
 
 

@@ -6,8 +6,13 @@ few assignments   one after the other, each with a copy of its expert's matrices
 more              a loop over tiles of rows, each of one expert, as in `expert_mlp` but for gate and up,
                   which are joined there: little beside a batch of training, but it reads every expert
 
-On Hopper products whose tiles have as few rows as an expert (`moe.kernels.hopper.few_rows`), and for more
-rows, as elsewhere, the grouped products of training, in which an expert without rows costs nothing.
+On CUDA cards
+
+few, quantised    every assignment by itself (`moe.kernels.vector_triton`), without a plan
+more, on Hopper   products whose tiles have as few rows as an expert (`moe.kernels.hopper.few_rows`)
+many              the grouped products of training, in which an expert without rows costs nothing
+
+Few rows are not rounded under a dynamic format: reading matrices takes the time, so it would gain nothing.
 """
 
 import jax
@@ -20,9 +25,12 @@ from moe.kernels.expert_mlp import expert_mlp, swiglu
 from moe.kernels.permute import Plan, assignment_rows, gather_rows
 from moe.kernels.quantized_matmul import quantized_matmul
 from moe.kernels.tiles import TileLoop
+from moe.kernels.vector_triton import vector_product, vector_swiglu, vectors_fit
 from moe.quant.matrix import QuantizedMatrix
 
 ONE_BY_ONE = 16  # assignments; with more, an expert is read too often
+SELDOM_TWICE = 4  # experts for each assignment: then hardly any expert is read for two
+MOST_VECTORS = 256  # assignments where the alternative unpacks every matrix
 SMALLEST_TILE, LARGEST_TILE = 2, 64  # rows
 
 
@@ -44,6 +52,8 @@ def touched_mlp(
         expert: of each assignment; beyond the E experts where it has no row.
         plan: its token and its row.
     """
+    if _by_vectors(expert.shape[0], x, w_gate, w_up, w_down):
+        return _vectors(x, w_gate, w_up, w_down, expert, plan)
     if platform() != "cpu":
         few = plan.groups.tile <= LARGEST_TILE and _few_rows_fit(x, w_gate, w_up, w_down)
         return (_few_rows if few else reference)(x, w_gate, w_up, w_down, expert, plan)
@@ -71,6 +81,8 @@ def tile_for(
         matrices: of the experts here.
     """
     if platform() == "gpu":
+        if _by_vectors(assignments, x, *matrices):
+            return SMALLEST_TILE  # of a plan whose rows nobody uses
         return hopper.few_rows_tile(assignments, experts) if _few_rows_fit(x, *matrices) else None
     mean = -(-assignments // experts)
     return min(max(1 << (mean - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
@@ -81,12 +93,25 @@ def platform() -> str:
     return present_device().platform
 
 
+def _by_vectors(assignments: int, x, *matrices) -> bool:
+    """Whether the assignments are so few that each is multiplied by itself."""
+    if platform() != "gpu" or not vectors_fit(x, *matrices):
+        return False
+    if _few_rows_fit(x, *matrices):
+        return SELDOM_TWICE * assignments <= matrices[0].shape[0]
+    return assignments <= MOST_VECTORS
+
+
 def _few_rows_fit(x, *matrices) -> bool:
     """Whether Hopper's kernels take these: plain matrices, or int8 with one scale for each column."""
     for w in matrices:
-        if isinstance(w, QuantizedMatrix) and (w.format.dynamic or w.scales.shape[-1] > 1):
+        if isinstance(w, QuantizedMatrix) and (w.format.codes == "fp8" or w.scales.shape[-1] > 1):
             return False
     return hopper.few_rows_fit(x, *(_stored(w)[0] for w in matrices))
+
+
+def _vectors(x, w_gate, w_up, w_down, expert, plan):
+    return vector_product(vector_swiglu(x, w_gate, w_up, plan.token, expert), w_down, expert)
 
 
 def _few_rows(x, w_gate, w_up, w_down, expert, plan):

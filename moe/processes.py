@@ -105,6 +105,10 @@ def _connect(agree_on_sigterm: bool, start_seconds: int) -> bool:
     if count == 1 or (count is None and not _found()):
         return False
     jax.config.update("jax_enable_preemption_service", agree_on_sigterm)
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Between simulated devices each collective under way blocks a thread, and XLA has one for each core:
+        # on few cores all would wait for one that none is left to begin.
+        os.environ.setdefault("NPROC", "64")
     # JAX itself aborts the process when its time is over.
     waiting = threading.Timer(start_seconds, _give_up, [start_seconds])
     waiting.daemon = True

@@ -23,7 +23,7 @@ from moe.named_arrays import named_leaves
 from moe.training import run_directory
 
 TRAIN = ["train.py", TINY, "--name", "run", "--model.layers", "M", "--train.accumulation", "1"]
-TRAIN += ["--train.evaluate_every", "0"]
+TRAIN += ["--train.evaluate_every", "0", "--mesh.expert", "4"]
 
 
 def free_port() -> int:
@@ -110,7 +110,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "$*" >scontrol\n'
 
 @pytest.fixture(scope="module")
 def stopped(workshop: Workshop, lost) -> Ended:
-    """The same run as a SLURM job, 2 x 2 devices, whose time is up after its first checkpoint."""
+    """The same run as a SLURM job, 2 x 2 devices, experts over both, whose time is up after its first checkpoint."""
     programs = workshop.folder / "slurm"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):

@@ -76,16 +76,6 @@ class AttentionConfig:
         """Numbers of a token's queries, keys and values."""
         return (self.heads + 2 * self.kv_heads) * self.head_width
 
-    @property
-    def cached_width(self) -> int:
-        """Numbers that a token leaves behind for those that are decoded after it."""
-        return 2 * self.kv_heads * self.head_width
-
-    @property
-    def decoded_width(self) -> int:
-        """Multiply-adds of one head with one token that was left behind: its score, its part of the sum."""
-        return 2 * self.head_width
-
     def build(
         self, width: int, *, out_std: float, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> "Attention":

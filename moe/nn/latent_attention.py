@@ -22,7 +22,7 @@ class LatentAttentionConfig:
     """Causal attention whose keys and values are made of one latent vector a token, and of a rotated part.
 
     A head's queries and keys have a part without positions, made from latents, and a rotated part, which for
-    keys all heads share. While generating, the latent and the shared part are all that must be kept.
+    keys all heads share.
     """
 
     heads: int = 16
@@ -69,16 +69,6 @@ class LatentAttentionConfig:
     def projected_width(self) -> int:
         """See `AttentionConfig`."""
         return self.heads * (2 * self.head_width + self.value_width)
-
-    @property
-    def cached_width(self) -> int:
-        """See `AttentionConfig`: the latent and the part of keys that all heads share."""
-        return self.kv_rank + self.rotary_width
-
-    @property
-    def decoded_width(self) -> int:
-        """See `AttentionConfig`: over latents, with w_kv_up applied to the query and to the sum."""
-        return 2 * self.kv_rank + self.rotary_width
 
     def build(
         self, width: int, *, out_std: float, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs

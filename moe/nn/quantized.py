@@ -31,7 +31,11 @@ CLIP = "_clip"  # behind a matrix's name: the learned clipping of its scales
 
 def format_of(variable: nnx.Variable, format: Format) -> Format | None:
     """What a parameter is quantised to where matrices are quantised to `format`; None for one that is not."""
-    axes = variable.get_metadata("out_sharding")
+    return format_of_axes(variable.get_metadata("out_sharding"), format)
+
+
+def format_of_axes(axes: tuple[str | None, ...], format: Format) -> Format | None:
+    """`format_of` a parameter with these logical axes."""
     if {"norm", "router"} & set(axes) or axes == EMBEDDING:
         return None
     return Format("fp8" if format.codes == "fp8" else "int8") if axes == HEAD else format

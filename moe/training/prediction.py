@@ -18,6 +18,7 @@ from moe.config import load_config, override
 from moe.errors import UserError
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
+from moe.quant import format_named
 from moe.training.run_directory import read_experiment
 
 
@@ -43,13 +44,19 @@ class Prediction(Experiment):
     chips: int = 0
     """That share the work; 0 takes the fewest, a power of two, whose memory holds it."""
 
-    weights: Literal["bf16", "int8", "int4"] = "bf16"
-    """Format in which served matrices lie in memory; products are in bfloat16 all the same."""
+    weights: str = "bf16"
+    """Format in which served matrices lie in memory: bf16, or as with generate.py --quantize int8, int4,
+    int4-128 and so on; products are in bfloat16 all the same."""
+
+    cache: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """How keys and values are stored, as with generate.py --cache."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.batches or min(self.batches) < 1:
             raise UserError(f"batches={self.batches} must be one or more numbers of at least 1")
+        if self.weights != "bf16":
+            format_named(self.weights)
         for name in ("context", "chips"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
@@ -94,6 +101,7 @@ def setup(asked: Prediction, load: Float[np.ndarray, "L E"] | None) -> Setup:
         context=asked.context or asked.data.sequence_length,
         batches=asked.batches,
         weights=asked.weights,
+        cache=asked.cache,
         load=load,
     )
 

@@ -15,15 +15,19 @@ from hypothesis import strategies as st
 
 from moe.analysis.cost.matrices import Tokens, matrices, touched, weight_bytes
 from moe.analysis.cost.memory import training_memory, weights_memory
-from moe.analysis.cost.passes import Work, decode, kv_bytes, prefill, total, train_step
+from moe.analysis.cost.passes import SCORES, Work, decode, kv_bytes, prefill, total, train_step
 from moe.analysis.cost.roofline import Workload, fewest_chips, timed
 from moe.analysis.cost.touched import touched_by_load, touched_evenly
 from moe.analysis.hardware import HARDWARE, Hardware
+from moe.compress.size import weight_bytes as weight_bytes_by_kind
 from moe.config import load_config
+from moe.decode.cache import LayerCache
 from moe.dispatch import Capacity
 from moe.experiment import Experiment
 from moe.nn import AttentionConfig, LatentAttentionConfig, MoEConfig, TransformerConfig, build, structure
+from moe.nn.quantized import quantize_params
 from moe.optim import AdamW
+from moe.quant import format_named
 from moe.routing import TopK
 from moe.training.state import abstract_state
 from moe.training.step import make_train_step
@@ -108,20 +112,35 @@ def test_xla_counts_the_same_in_decoding_and_in_reading_a_prompt(one_device):
     assert read == pytest.approx(one_by_one - logits - diagonal, rel=1e-12)
 
 
-def test_xla_counts_the_same_over_a_cache_of_latents(one_device):
-    """What one more token of context adds to decoding: products with its latent, and its bytes."""
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(heads=8, kv_heads=2, head_width=32),
+        LatentAttentionConfig(heads=4, kv_rank=64, plain_width=32, rotary_width=16, value_width=32),
+    ],
+)
+def test_the_cache_is_as_large_as_that_of_generation(one_device, attention, cache):
+    config = replace(MODEL, attention=attention)
+    made = jax.eval_shape(lambda: LayerCache.empty(attention, 3, 20, jnp.dtype(cache)))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+    assert len(config.layers) * held == 3 * kv_bytes(config, 20, cache)
+
+
+def test_one_more_token_of_context_costs_what_xla_counts_over_latent_attention(one_device):
+    """Keys and values of all heads, values padded to the width of keys."""
     latent = LatentAttentionConfig(heads=8, kv_rank=64, plain_width=32, rotary_width=16, value_width=32)
     config, batch, context = replace(MODEL, attention=latent), 4, 256
 
-    def attend(q, cache):
-        share = jnp.einsum("bhc,bnc->bhn", q, cache)
-        return jnp.einsum("bhn,bnc->bhc", share, cache[..., : latent.kv_rank])
+    def attend(q, k, v):
+        return jnp.einsum("bhn,bnhc->bhc", jnp.einsum("bhc,bnhc->bhn", q, k), v)
 
-    q, cache = (jax.ShapeDtypeStruct((batch, n, 64 + 16), jnp.bfloat16) for n in (latent.heads, context))
-    counted = jax.jit(attend).lower(q, cache).cost_analysis()["flops"]
-    more, less = (decode(config, batch, length)["attention"] for length in (2 * context, context))
+    q = jax.ShapeDtypeStruct((batch, latent.heads, 48), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((batch, context, latent.heads, 48), jnp.bfloat16)
+    counted = jax.jit(attend).lower(q, kv, kv).cost_analysis()["flops"]
+    more, less = (total(decode(config, batch, length)) for length in (2 * context, context))
     assert more.flops - less.flops == len(config.layers) * counted
-    assert more.bytes - less.bytes == len(config.layers) * batch * context * 80 * 2
+    assert more.bytes - less.bytes == len(config.layers) * batch * context * 2 * 8 * 48 * 2
 
 
 def grouped(tokens: int) -> MoEConfig:
@@ -177,18 +196,21 @@ def test_decoding_reads_all_weights_at_most_and_the_whole_cache(one_device):
     work = decode(MODEL, 4096, 100)
     weights = sum(weight_bytes(MODEL, m, Tokens(4096, 100), "bf16") for m in matrices(MODEL))
     assert weights == pytest.approx(weights_memory(MODEL, "bf16"), rel=1e-9)
-    one_more = decode(MODEL, 4096, 101)["attention"].bytes - work["attention"].bytes
+    one_more = decode(MODEL, 4096, 101)[SCORES].bytes - work[SCORES].bytes
     assert one_more == 4096 * (2 * 4 * 64) * 2 * 2  # keys and values, two layers, two bytes
     assert kv_bytes(MODEL, 1) == (2 * 4 * 64) * 2 * 2
 
 
-def test_formats_shrink_matrices_of_layers_only(one_device):
-    sizes = {m.part: 0.0 for m in matrices(MODEL)}
-    for m in matrices(MODEL):
-        sizes[m.part] += m.stored("int4") / m.stored("bf16") / sum(o.part == m.part for o in matrices(MODEL))
-    for part, ratio in sizes.items():
-        quantized = part in ("attention", "experts", "shared experts", "dense")
-        assert ratio == pytest.approx(0.25 + 1 / 128 if quantized else 1.0), part
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4", "int4-128", "fp8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_as_large_as_the_quantised_model(one_device, weights, tied):
+    """Bytes of the parameters that `quantize_params` makes, or of those that plain decoding reads."""
+    model = replace(MODEL, tied_embedding=tied, compute_dtype="bfloat16")
+    _, params = structure(model)
+    if weights != "bf16":
+        format = format_named(weights)
+        params = jax.eval_shape(lambda p: quantize_params(p, format, model.dtype), params)
+    assert weights_memory(model, weights) == sum(weight_bytes_by_kind(params, model.dtype).values())
 
 
 def test_the_state_of_training_is_as_large_as_the_real_one(one_device):

@@ -1,6 +1,5 @@
 """The matrices of a model, and what a pass of some tokens through them reads and writes."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,15 +12,12 @@ from moe.analysis.compute import component
 from moe.analysis.cost.touched import touched_by_load, touched_evenly
 from moe.nn import TransformerConfig, build
 from moe.nn.pattern import places
+from moe.nn.quantized import format_of_axes
 from moe.nn.router import Frozen
+from moe.quant import format_named
 
 ROW_BYTES = 2  # of a number in an activation: bfloat16
-SCALE_BYTES = {"int8": 4, "int4": 2}  # float32 for each output; bfloat16 for each output and group
-INT4_GROUP = 128  # neighbouring inputs that share a scale
-
-# What formats of fewer than 16 bits apply to; the rest of the matrices stays in bfloat16.
-QUANTIZED = {"attention", "experts", "shared experts", "dense", "latent projection"}
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+PLAIN = {"bf16": 2, "f32": 4}  # bytes of a number in a matrix that is not quantised
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,9 @@ class Matrices:
     inputs: int
     outputs: int
 
+    axes: tuple[str | None, ...] = ()
+    """Logical axes of the parameter."""
+
     layers: tuple[int, ...] = ()
     """Which layers of the model have it, bottom first; none for what stands outside them."""
 
@@ -41,7 +40,7 @@ class Matrices:
     """Of each layer, in the order of the routing; none where all tokens go through the one matrix."""
 
     float32: bool = False
-    """Kept and used in float32: routers and norms."""
+    """Kept and used in float32: routers, norms and biases."""
 
     vector: bool = False
     """Scales and biases, which enter no product."""
@@ -55,18 +54,25 @@ class Matrices:
         return max(len(self.layers), 1) * max(len(self.experts), 1)
 
     def stored(self, weights: str) -> float:
-        """Bytes of one matrix.
+        """Bytes of one matrix, as `moe.nn.quantized` stores it.
 
         Args:
-            weights: format of those that can be quantised: bf16, int8 or int4.
+            weights: bf16 or f32 for all that products read; else the format of what is quantised, by a name
+                that `format_named` knows, the rest being bf16.
+
+        Raises:
+            UserError: the format does not fit the matrix.
         """
         size = self.inputs * self.outputs
         if self.float32:
             return 4 * size
-        if weights == "bf16" or self.part not in QUANTIZED or self.vector:
-            return 2 * size
-        scales = self.outputs * (math.ceil(self.inputs / INT4_GROUP) if weights == "int4" else 1)
-        return size * BITS[weights] / 8 + scales * SCALE_BYTES[weights]
+        if weights in PLAIN:
+            return PLAIN[weights] * size
+        format = format_of_axes(self.axes, format_named(weights))
+        if format is None:
+            return PLAIN["bf16"] * size
+        scales = self.outputs * format.groups(self.inputs)
+        return size * format.bits / 8 + scales * format.scale_dtype.itemsize
 
 
 def matrices(config: TransformerConfig) -> list[Matrices]:
@@ -95,6 +101,7 @@ def matrices(config: TransformerConfig) -> list[Matrices]:
                 component(path),
                 1 if vector else inputs,
                 outputs,
+                axes,
                 layers,
                 experts,
                 float32=vector or "router" in axes,
@@ -125,7 +132,7 @@ class Tokens:
 def weight_bytes(config: TransformerConfig, m: Matrices, tokens: Tokens, weights: str) -> float:
     """Bytes of a parameter that a pass reads: experts that no token visits stay where they are."""
     if m.looked_up:
-        return min(tokens.count, m.inputs) * m.outputs * 2
+        return min(tokens.count, m.inputs) * m.outputs * PLAIN["f32" if weights == "f32" else "bf16"]
     if not m.experts:
         return m.count * m.stored(weights)
     return sum(touched(config, m, tokens)) * m.stored(weights)

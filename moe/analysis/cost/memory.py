@@ -127,6 +127,8 @@ def weights_memory(config: TransformerConfig, weights: str) -> float:
     return sum(m.count * m.stored(weights) for m in matrices(config))
 
 
-def serving_memory(config: TransformerConfig, weights: str, batch: int, context: int) -> float:
+def serving_memory(
+    config: TransformerConfig, weights: str, batch: int, context: int, cache: str = "bfloat16"
+) -> float:
     """Bytes of weights and of the cache of `batch` sequences."""
-    return weights_memory(config, weights) + batch * kv_bytes(config, context)
+    return weights_memory(config, weights) + batch * kv_bytes(config, context, cache)

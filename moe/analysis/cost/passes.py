@@ -20,7 +20,9 @@ from moe.analysis.cost.matrices import (
 )
 from moe.nn import TransformerConfig
 
-KV_BYTES = 2  # of a number in the cache: bfloat16
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number in the cache
+SCALE_BYTES = 4  # of each vector of a head in an int8 cache
+SCORES = "attention scores"  # softmax(q k^T) v; queries, keys, values and the output are `attention`
 GRADIENT_BYTES = 4  # float32
 
 
@@ -52,7 +54,14 @@ def total(parts: Parts) -> Work:
     return sum(parts.values(), Work())
 
 
-def prefill(config: TransformerConfig, batch: int, length: int, weights: str = "bf16", load=None) -> Parts:
+def prefill(
+    config: TransformerConfig,
+    batch: int,
+    length: int,
+    weights: str = "bf16",
+    load=None,
+    cache: str = "bfloat16",
+) -> Parts:
     """Reading prompts of `length` tokens: keys and values of all of them, logits of the last one.
 
     Args:
@@ -61,6 +70,7 @@ def prefill(config: TransformerConfig, batch: int, length: int, weights: str = "
         length: tokens of each.
         weights: their format, see `Matrices.stored`.
         load: see `Tokens`.
+        cache: type of keys and values, see `kv_bytes`.
     """
     tokens = Tokens(batch * length, length, load)
     found = _forward(config, tokens, weights)
@@ -70,24 +80,30 @@ def prefill(config: TransformerConfig, batch: int, length: int, weights: str = "
     assert per_token * (tokens.count - batch) == 2 * skipped
     rows = (tokens.count - batch) * (head.inputs + head.outputs) * ROW_BYTES
     found[name] += Work(-2.0 * skipped, -float(rows))
-    found["attention"] += Work(0.0, _attended_bytes(config, batch, length))
-    return found
+    written = batch * kv_bytes(config, length, cache)
+    found[SCORES] += Work(0.0, _attended_bytes(config, batch, length) + written)
+    return dict(found)
 
 
-def decode(config: TransformerConfig, batch: int, context: int, weights: str = "bf16", load=None) -> Parts:
-    """One more token for each of `batch` sequences, which attends to `context` tokens, itself included.
+def decode(
+    config: TransformerConfig,
+    batch: int,
+    context: int,
+    weights: str = "bf16",
+    load=None,
+    cache: str = "bfloat16",
+) -> Parts:
+    """One more token for each of `batch` sequences, which attends to a cache of `context` tokens.
 
-    Experts are read as far as the batch touches them, the cache whole. See `prefill` for the arguments.
+    Experts are read as far as the batch touches them, the cache whole, as far as it is allocated. See
+    `prefill` for the arguments.
     """
-    tokens = Tokens(batch, context, load)
-    found = _forward(config, tokens, weights)
-    # A sequence's tokens see half of it on average, its last one sees all: twice as much.
+    found = _forward(config, Tokens(batch, context, load), weights)
     attention = config.attention
-    charged = attention.heads * (attention.head_width + attention.value_width)
-    more = 2 * attention.heads * attention.decoded_width - charged
-    flops = batch * more * context * len(config.layers)
-    found["attention"] += Work(flops, batch * kv_bytes(config, context))
-    return found
+    # A score with each token of the cache and its part of the sum; values are padded to the width of keys.
+    flops = 2 * attention.heads * 2 * attention.head_width * batch * context * len(config.layers)
+    found[SCORES] = Work(float(flops), batch * kv_bytes(config, context, cache))
+    return dict(found)
 
 
 def train_step(
@@ -116,6 +132,7 @@ def train_step(
     found: defaultdict[str, Work] = defaultdict(Work)
     for name, part in layers.items():
         found[name] += Work(part.training_flops * count)
+    _part_scores(found, 3 * count * score_flops(config, length))
     params = 0
     for m in matrices(config):
         size = m.count * m.inputs * m.outputs
@@ -123,7 +140,7 @@ def train_step(
         read = 2 * weight_bytes(config, m, micro, "bf16") + size * GRADIENT_BYTES
         found[m.part] += Work(0.0, accumulation * (read + 3 * row_bytes(config, m, micro)))
     # Forward q, k, v in and y out; backward those and their gradients.
-    found["attention"] += Work(0.0, 3 * _attended_bytes(config, batch, length))
+    found[SCORES] += Work(0.0, 3 * _attended_bytes(config, batch, length))
     cast = params * (4 + 2) * accumulation
     found["optimizer"] = Work(0.0, 2 * state_bytes + params * GRADIENT_BYTES + cast)
     if config.remat != "none":
@@ -131,31 +148,52 @@ def train_step(
     return dict(found)
 
 
-def kv_bytes(config: TransformerConfig, context: int) -> float:
-    """Bytes of one sequence's keys and values, or of the latents they are made of, in all layers."""
-    return config.attention.cached_width * context * len(config.layers) * KV_BYTES
+def kv_bytes(config: TransformerConfig, context: int, cache: str = "bfloat16") -> float:
+    """Bytes of one sequence's keys and values in all layers, as `moe.decode` holds them.
+
+    Latent attention leaves the keys and values of all heads behind too, values padded to the width of keys.
+
+    Args:
+        config: the model.
+        context: tokens that the cache holds.
+        cache: float32, bfloat16 or int8, which has a float32 scale for each vector.
+    """
+    attention = config.attention
+    vector = attention.head_width * CACHE_BYTES[cache] + (SCALE_BYTES if cache == "int8" else 0)
+    return float(2 * attention.kv_heads * vector * context * len(config.layers))
 
 
-def _forward(config: TransformerConfig, tokens: Tokens, weights: str) -> Parts:
+def score_flops(config: TransformerConfig, length: int) -> float:
+    """FLOPs of one token's q k^T and of the sum of values, by the half that causality leaves."""
+    taken = sum(entering(config, layer, length) ** 2 for layer in range(len(config.layers)))
+    attention = config.attention
+    return attention.heads * (attention.head_width + attention.value_width) * length * taken
+
+
+def _forward(config: TransformerConfig, tokens: Tokens, weights: str) -> defaultdict[str, Work]:
     """All logits of a forward pass, without the keys and values that attention reads."""
     found: defaultdict[str, Work] = defaultdict(Work)
     for name, part in by_component(config, tokens.length).items():
         found[name] += Work(part.forward_flops * tokens.count)
+    _part_scores(found, tokens.count * score_flops(config, tokens.length))
     for m in matrices(config):
         moved = weight_bytes(config, m, tokens, weights) + row_bytes(config, m, tokens)
         found[m.part] += Work(0.0, moved)
-    return dict(found)
+    return found
+
+
+def _part_scores(found: defaultdict[str, Work], flops: float) -> None:
+    """Take attention's scores out of its projections, as a part of their own."""
+    found["attention"] += Work(-flops)
+    found[SCORES] += Work(flops)
 
 
 def _recomputed(config: TransformerConfig, tokens: Tokens) -> Work:
     again = _forward(config, tokens, "bf16")
     if config.remat == "full":
         return total({name: work for name, work in again.items() if name not in ("embedding", "head")})
-    attention = config.attention
-    taken = sum(entering(config, layer, tokens.length) ** 2 for layer in range(len(config.layers)))
-    widths = attention.head_width + attention.value_width
-    scores = attention.heads * widths * tokens.length * taken
-    return Work(scores * tokens.count, _attended_bytes(config, 1, tokens.count))
+    scores = score_flops(config, tokens.length) * tokens.count
+    return Work(scores, _attended_bytes(config, 1, tokens.count))
 
 
 def _attended_bytes(config: TransformerConfig, batch: int, length: int) -> float:

@@ -2,24 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from numpy import ndarray
 
 from moe.analysis.compute import NOTHING, by_component
-from moe.analysis.cost.matrices import BITS, Tokens, matrices, touched, weight_bytes
+from moe.analysis.cost.matrices import Tokens, matrices, touched, weight_bytes
 from moe.analysis.cost.memory import (
     TrainingMemory,
     serving_memory,
     training_memory,
     weights_memory,
 )
-from moe.analysis.cost.passes import decode, kv_bytes, prefill, total, train_step
+from moe.analysis.cost.passes import SCORES, Parts, decode, kv_bytes, prefill, total, train_step
 from moe.analysis.cost.roofline import Timed, Workload, timed
 from moe.analysis.hardware import Hardware
 from moe.nn import TransformerConfig
 from moe.optim import Optimizer
+
+SERVED = ("bf16", "int8", "int4")  # formats whose memory is always told
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ class Setup:
     batches: tuple[int, ...]
     """Sequences that are decoded together."""
 
-    weights: Literal["bf16", "int8", "int4"]
-    """As they are served."""
+    weights: str
+    """As they are served, see `Matrices.stored`."""
+
+    cache: str
+    """Type of keys and values, see `kv_bytes`."""
 
     load: Float[ndarray, "L E"] | None = None
     """Measured, see `Tokens`; None: even."""
@@ -98,13 +103,13 @@ def predict(
     )
     workloads = [Workload("train step", tokens, step, memory.total)]
     if not model.looks_ahead:
-        served = (setup.weights, setup.load)
+        served = (setup.weights, setup.load, setup.cache)
         workloads.append(
             Workload(
                 f"prefill {context:,}",
                 context,
                 prefill(model, 1, context, *served),
-                serving_memory(model, setup.weights, 1, context),
+                serving_memory(model, setup.weights, 1, context, setup.cache),
             )
         )
         workloads += [
@@ -112,7 +117,7 @@ def predict(
                 f"decode {batch:,}",
                 batch,
                 decode(model, batch, context, *served),
-                serving_memory(model, setup.weights, batch, context),
+                serving_memory(model, setup.weights, batch, context, setup.cache),
             )
             for batch in setup.batches
         ]
@@ -133,6 +138,7 @@ def as_dict(report: CostReport) -> dict[str, Any]:
         "sequence_length": setup.sequence_length,
         "context": setup.context,
         "weights": setup.weights,
+        "cache": setup.cache,
         "load": "even" if setup.load is None else "measured",
         "looks_ahead": model.looks_ahead,
         "total_params": whole.total_params,
@@ -142,8 +148,8 @@ def as_dict(report: CostReport) -> dict[str, Any]:
         "decode": [decoded(setup, batch) for batch in setup.batches if not model.looks_ahead],
         "memory": {
             "train": asdict(report.training) | {"total": report.training.total},
-            "serve": {weights: weights_memory(model, weights) for weights in BITS},
-            "cache_of_a_sequence": kv_bytes(model, setup.context),
+            "serve": {weights: weights_memory(model, weights) for weights in SERVED},
+            "cache_of_a_sequence": kv_bytes(model, setup.context, setup.cache),
         },
         "workloads": [
             {
@@ -188,23 +194,28 @@ def flops_by_part(report: CostReport) -> dict[str, dict[str, float]]:
         for name, part in by_component(setup.model, setup.sequence_length).items()
     }
     if not setup.model.looks_ahead:
-        read = prefill(setup.model, 1, setup.context)
-        made = decode(setup.model, 1, setup.context)
+        read = _with_scores(prefill(setup.model, 1, setup.context))
+        made = _with_scores(decode(setup.model, 1, setup.context))
         for name, part in found.items():
             part |= {"prefill": read[name].flops / setup.context, "decode": made[name].flops}
     return found
+
+
+def _with_scores(parts: Parts) -> Parts:
+    """With attention's scores among its projections, as `by_component` has them."""
+    return parts | {"attention": parts["attention"] + parts[SCORES]}
 
 
 def decoded(setup: Setup, batch: int) -> dict[str, float | None]:
     """What one decoded token of each of `batch` sequences moves."""
     model, tokens = setup.model, Tokens(batch, setup.context, setup.load)
     found = matrices(model)
-    work = total(decode(model, batch, setup.context, setup.weights, setup.load))
+    work = total(decode(model, batch, setup.context, setup.weights, setup.load, setup.cache))
     routed = [m for m in found if m.experts]
     # Gate, up and down of an expert are touched together.
     experts_once = {(m.layers, m.experts): m for m in routed}.values()
     visited = sum(sum(touched(model, m, tokens)) for m in experts_once)
-    cache = batch * kv_bytes(model, setup.context)
+    cache = batch * kv_bytes(model, setup.context, setup.cache)
     experts = sum(weight_bytes(model, m, tokens, setup.weights) for m in routed)
     return {
         "batch": batch,

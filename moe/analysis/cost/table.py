@@ -51,7 +51,7 @@ def _parts(console: Console, found: dict[str, Any]) -> None:
 def _decoding(console: Console, found: dict[str, Any]) -> None:
     console.print(
         f"\n[bold]bytes of a decode step[/] at {found['context']:,} tokens, weights in {found['weights']}, "
-        f"{found['load']} load"
+        f"cache in {found['cache']}, {found['load']} load"
     )
     table = _table(
         "batch",

@@ -31,6 +31,7 @@ from moe.compress import quantized, quantized_report
 from moe.config import override, to_json
 from moe.data import Dataset, prepare
 from moe.errors import UserError, run_main
+from moe.evaluation.speed_command import measure_speed
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import structure
@@ -125,6 +126,9 @@ def main() -> None:
         raise UserError("give a run directory first, for example: uv run eval.py runs/quickstart")
     if "--compute" in sys.argv[2:]:
         predict_cost(sys.argv[1], sys.argv[2:])
+        return
+    if "--speed" in sys.argv[2:]:
+        measure_speed(sys.argv[1], sys.argv[2:])
         return
     directory = Path(sys.argv[1])
     options = override(Options(), sys.argv[2:], prog=f"eval.py {directory}", description=__doc__ or "")

@@ -16,6 +16,7 @@ FLOORS = {
     3: ["experiment", "analysis"],
     4: ["training", "decode", "export"],
     5: ["ablation", "compress"],
+    6: ["evaluation"],
 }
 FLOOR = {room: number for number, rooms in FLOORS.items() for room in rooms}
 

@@ -72,19 +72,31 @@ def predict_cost(path: str, arguments: list[str]) -> None:
     Raises:
         UserError: one line naming the field or file.
     """
-    if path.endswith(".py"):
-        experiment, description = load_config(path, Experiment)
-    else:
-        experiment, description = read_experiment(Path(path)), ""
-    given = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
-    asked = override(Prediction(**given), arguments, prog=f"eval.py {path}", description=description)
-    directory = Path("runs") / asked.name if path.endswith(".py") else Path(path)
+    asked, directory = asked_of(path, arguments, Prediction)
     chips, dollars = hardware_named(asked.hardware), prices(asked.price)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):  # nothing is allocated on it
         load = None if path.endswith(".py") else measured_load(directory, asked)
         found = predict(setup(asked, load), chips, dollars, asked.chips)
         show(found)
         print("written:", *write(found, directory / "report", arguments), sep="\n  ")
+
+
+def asked_of[Asked: Experiment](path: str, arguments: list[str], kind: type[Asked]) -> tuple[Asked, Path]:
+    """What is asked about a config or a run, and the run's directory, which need not be there for a config.
+
+    Args:
+        path: a config file, or a run directory.
+        arguments: fields of `kind`, as on the command line.
+        kind: an experiment with what is asked about it.
+
+    Raises:
+        UserError: one line naming the field or file.
+    """
+    config = path.endswith(".py")
+    experiment, description = load_config(path, Experiment) if config else (read_experiment(Path(path)), "")
+    given = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+    asked = override(kind(**given), arguments, prog=f"eval.py {path}", description=description)
+    return asked, Path("runs") / asked.name if config else Path(path)
 
 
 def setup(asked: Prediction, load: Float[np.ndarray, "L E"] | None) -> Setup:
@@ -106,7 +118,7 @@ def setup(asked: Prediction, load: Float[np.ndarray, "L E"] | None) -> Setup:
     )
 
 
-def measured_load(directory: Path, asked: Prediction) -> Float[np.ndarray, "L E"] | None:
+def measured_load(directory: Path, asked: Experiment) -> Float[np.ndarray, "L E"] | None:
     """The load that `eval.py RUN` found, if it did and the model still has those experts."""
     path, model = directory / "report" / "eval.json", asked.model
     if not path.is_file() or not model.moe_layers:

@@ -1,57 +1,8 @@
-"""The profile of a train step: kernels to parts of the model, overlaps and gaps, and the page made of it."""
+"""The page that is made of the results of a train step."""
 
-import jax
-import jax.numpy as jnp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from benchmarks.gpu.kernel_time import REST, Event, account, parts
 from benchmarks.gpu.train_step_report import mfu, page
-from moe.kernels import linear, linear_cross_entropy
-from moe.mesh import spec
-from moe.routing import Context, TopK
-
-
-def test_instructions_count_under_the_innermost_file_that_is_a_part(one_device):
-    def step(x, w, targets):
-        routing = TopK(k=1)(linear(x, w)[0].astype(jnp.float32), None, Context(targets[0], targets[0] > 0))
-        return linear_cross_entropy(x, w, targets, 1)[0] + routing.combine_weight.sum()
-
-    split = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), spec("batch"))
-    x = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32, sharding=split)
-    targets = jax.ShapeDtypeStruct((2, 4), jnp.int32, sharding=split)
-    text = jax.jit(step).lower(x, jax.ShapeDtypeStruct((8, 16), jnp.float32), targets).compile().as_text()
-    assert set(parts(text).values()) == {"routing", "output head and loss", REST}
-
-
-PART_OF = {"fusion.1": "norms", "custom-call.2": "attention"}
-
-
-def test_overlap_counts_once_and_for_the_first():
-    events = [
-        Event("fusion_1", "", 100.0, 200.0),  # named after its instruction
-        Event("flash", "custom-call.2", 150.0, 400.0),
-        Event("flash", "custom-call.2", 160.0, 300.0),  # hidden behind the other
-        Event("memset", "", 1000.0, 1100.0),
-    ]
-    times = account(reversed(events), PART_OF)
-    assert times.span == pytest.approx(1000e-9)
-    assert times.by_part() == pytest.approx({"attention": 200e-9, "norms": 100e-9, REST: 100e-9})
-    assert next(iter(times.by_part())) == "attention"
-    first = times.kernels[0]
-    assert (first.name, first.instruction, first.calls) == ("flash", "custom-call.2", 2)
-    assert times.busy == pytest.approx(400e-9)
-
-
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1))
-def test_busy_is_the_length_of_the_union(intervals):
-    events = [Event("k", "", float(start), float(start + length)) for start, length in intervals]
-    covered = {at for start, length in intervals for at in range(start, start + length)}
-    times = account(events, {})
-    assert times.busy == pytest.approx(len(covered) / 1e9)
-    assert times.span == pytest.approx((max(covered) + 1 - min(covered)) / 1e9)
-
 
 RESULTS = {
     "date": "2026-01-02",

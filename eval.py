@@ -14,23 +14,21 @@ a run or a config, what it costs on chips that need not be here (docs/compute.md
 the same command on each of them: docs/clusters.md.
 """
 
-import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
-import tokenizers
 
-from moe.analysis import routing
 from moe.analysis.compute import account
 from moe.checkpoint import Restored
 from moe.compress import quantized, quantized_report
-from moe.config import override, to_json
-from moe.data import Dataset, prepare
+from moe.config import override
+from moe.data import prepare
 from moe.errors import UserError, run_main
+from moe.evaluation import tasks
+from moe.evaluation.routes import Run, analyse_routing, trace_routing
 from moe.evaluation.speed_command import measure_speed
 from moe.experiment import Experiment
 from moe.mesh import MeshConfig, make_mesh
@@ -38,21 +36,13 @@ from moe.nn import structure
 from moe.processes import first, joined
 from moe.quant import format_named
 from moe.routing import Strategy
-from moe.routing.trace import check_writable, write_trace
+from moe.routing.trace import check_writable
 from moe.training import report
 from moe.training.evaluate import evaluate
 from moe.training.prediction import predict_cost
-from moe.training.record import (
-    Batch,
-    check_recordable,
-    make_record_step,
-    record,
-    training_rows,
-    validation_rows,
-)
-from moe.training.restore import restore, steps_before
+from moe.training.record import check_recordable
+from moe.training.restore import restore
 from moe.training.run_directory import read_experiment
-from moe.training.state import TrainState
 from moe.training.step import make_eval_step
 
 
@@ -88,6 +78,16 @@ class Options:
     routing: bool = False
     """Analyse the routing, and how it came about over the checkpoints that the run keeps."""
 
+    tasks: tuple[str, ...] = ()
+    """Run these tasks of lm-evaluation-harness (extra `tasks`), by name or as files .yaml or .json, on the
+    weights that --quantize says."""
+
+    examples: int = 0
+    """Most examples of each task; 0 takes all."""
+
+    fewshot: int | None = None
+    """Examples shown before each question; None: as the task says."""
+
     compute: bool = False
     """Predict FLOPs, bytes, memory, time and cost instead, of a run or of a config that was never trained.
     Takes options of its own: eval.py RUN --compute --help."""
@@ -99,7 +99,7 @@ class Options:
     """What to trace: validation data, or the first `tokens` of the training data in the run's own order."""
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size"):
+        for name in ("tokens", "batch_size", "examples"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if self.quantize and not Path(self.quantize).is_dir():
@@ -108,16 +108,6 @@ class Options:
             raise UserError("--sensitivity is to a number format; say which, like --quantize int8")
         if self.trace and self.trace_data == "train" and not self.tokens:
             raise UserError("--trace-data train goes on for ever; say how much of it, like --tokens 100000")
-
-
-class Run(NamedTuple):
-    """A trained run, and how to look at it."""
-
-    directory: Path
-    experiment: Experiment
-    options: Options
-    dataset: Dataset
-    batch_size: int
 
 
 def main() -> None:
@@ -143,6 +133,8 @@ def evaluate_run(directory: Path, options: Options) -> None:
         check_recordable(experiment.model)
     if options.trace and first():
         check_writable(Path(options.trace))
+    if options.tasks:
+        tasks.check_tasks(options.tasks)
 
     mesh = MeshConfig(expert=options.expert)
     jax.set_mesh(make_mesh(mesh))
@@ -157,14 +149,16 @@ def evaluate_run(directory: Path, options: Options) -> None:
     if first() and (goal := experiment.quantization.train) and not options.quantize:
         print(f"note: this run was trained for {goal} weights; --quantize {goal} takes them", file=sys.stderr)
 
-    run = Run(directory, experiment, options, dataset, batch_size)
+    run = Run(directory, experiment, dataset, batch_size, options.tokens)
     if options.routing:
         analyse_routing(run, restored)
     if options.trace:
-        trace(run, restored)
-    if options.quantize:
-        measure_quantized(run, restored)
-    if not (options.routing or options.trace or options.quantize):
+        trace_routing(run, restored, Path(options.trace), options.trace_data)
+    if options.tasks:
+        run_on_tasks(run, restored, options)
+    elif options.quantize:
+        measure_quantized(run, restored, options)
+    if not (options.routing or options.trace or options.quantize or options.tasks):
         measure(run, restored)
 
 
@@ -181,7 +175,7 @@ def measure(run: Run, restored: Restored) -> None:
         run.dataset,
         experiment.data,
         batch_size=run.batch_size,
-        tokens=run.options.tokens or None,
+        tokens=run.tokens or None,
     )
     if not first():
         return
@@ -192,9 +186,8 @@ def measure(run: Run, restored: Restored) -> None:
     print(f"written: {written}, and TensorBoard: uv run tensorboard --logdir {run.directory}")
 
 
-def measure_quantized(run: Run, restored: Restored) -> None:
+def measure_quantized(run: Run, restored: Restored, options: Options) -> None:
     """What quantised weights cost in quality, and what they save in bytes and time."""
-    options = run.options
     found = quantized.measure(
         run.directory,
         run.experiment,
@@ -202,7 +195,7 @@ def measure_quantized(run: Run, restored: Restored) -> None:
         run.dataset,
         options.quantize,
         batch_size=run.batch_size,
-        tokens=options.tokens,
+        tokens=run.tokens,
         sensitivity=options.sensitivity,
         speed=not options.skip_speed,
     )
@@ -213,69 +206,18 @@ def measure_quantized(run: Run, restored: Restored) -> None:
     print(f"\nwritten: {written}")
 
 
-def analyse_routing(run: Run, restored: Restored) -> None:
-    """Who goes where on the validation data, at this checkpoint and at those before it."""
-    directory, experiment = run.directory, run.experiment
-    step = make_record_step(experiment.model, chunks=experiment.train.loss_chunks)
-    final = recorded(run, step, restored.state, validation(run))
-    saturation = {}
-    for earlier in steps_before(directory, experiment, restored.step):
-        state = restore(directory, experiment, str(earlier)).state
-        expert = recorded(run, step, state, validation(run)).expert
-        saturation[earlier] = routing.saturation(expert, final.expert, final.mask, final.num_experts)
+def run_on_tasks(run: Run, restored: Restored, options: Options) -> None:
+    """Tasks of lm-evaluation-harness."""
+    from moe.evaluation.language_model import checkpoint_of
 
-    if not first():
-        return
-    found = routing.analyse(final, run=experiment.name, step=restored.step, saturation=saturation)
-    tokenizer = tokenizers.Tokenizer.from_file(str(run.dataset.tokenizer))
-    paths = routing.write_report(
-        found, directory / "report", lambda id_: tokenizer.decode([id_], skip_special_tokens=False)
-    )
-    routing.show(found)
-    print("written:", *paths, sep="\n  ")
-
-
-def trace(run: Run, restored: Restored) -> None:
-    """Who goes where, into a file."""
-    experiment, options, path = run.experiment, run.options, Path(run.options.trace)
-    if options.trace_data == "train":
-        batches = training_rows(experiment, run.dataset, batch_size=run.batch_size, tokens=options.tokens)
-    else:
-        batches = validation(run)
-    step = make_record_step(experiment.model, chunks=experiment.train.loss_chunks)
-    found = recorded(run, step, restored.state, batches)
-    if not first():
-        return
-    config = json.loads(to_json(experiment))
-    strategy = config["model"]["moe"]["routing"]
-    metadata = {"run": experiment.name, "step": restored.step, "data": options.trace_data}
-    metadata |= {"strategy": strategy, "config": config}
-    sequences = write_trace(
-        path, found.token_id, found.expert, found.combine_weight, found.num_experts, metadata, found.mask
-    )
-    _, layers, length, experts = found.expert.shape
-    print(
-        f"written: {path}, {path.stat().st_size / 1e6:.1f} MB: {sequences:,} sequences of {length} tokens, "
-        f"{layers} MoE layers, up to {experts} of {found.num_experts} experts a token"
-    )
-
-
-def validation(run: Run) -> Iterator[Batch]:
-    """The validation data that was asked for."""
-    tokens = run.options.tokens or None
-    return validation_rows(run.experiment, run.dataset, batch_size=run.batch_size, tokens=tokens)
-
-
-def recorded(run: Run, step, state: TrainState, batches: Iterator[Batch]) -> routing.Recording:
-    """The routing of some batches at a checkpoint."""
-    return record(
-        step,
-        state.evaluated,
-        state.controllers,
-        batches,
-        num_experts=run.experiment.model.moe.num_choices,
-        slices=run.dataset.slices,
-    )
+    experiment, params = run.experiment, restored.state.evaluated
+    if options.quantize:
+        _, _, params = quantized.quantized_weights(experiment, params, options.quantize)
+    checkpoint = checkpoint_of(experiment, params, restored.state.controllers, run.dataset, run.batch_size)
+    found = tasks.run_tasks(checkpoint, options.tasks, examples=options.examples, fewshot=options.fewshot)
+    found |= {"run": experiment.name, "step": restored.step, "weights": options.quantize or "as they are"}
+    tasks.show(found)
+    print(f"\nwritten: {tasks.write(run.directory / 'report', found)}")
 
 
 def rows(options: Options, experiment: Experiment) -> int:

@@ -142,3 +142,31 @@ def test_a_run_can_be_evaluated_while_it_trains(workshop: Workshop):
     assert (evaluated.code, evaluated.err) == (0, "")
     assert (training.returncode, err) == (UNFINISHED, "")
     assert "stopped by SIGTERM" in out
+
+
+def test_a_run_is_asked_tasks_and_timed(workshop: Workshop, run: Path):
+    """Both leave their reports beside the others'."""
+    pytest.importorskip("lm_eval")
+    (workshop.folder / "cats.jsonl").write_text('{"thing": "the cat sat on a", "answer": 0}\n')
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "cats.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{thing}}",
+        "doc_to_choice": ["mat", "qqq"],
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (workshop.folder / "cats.json").write_text(json.dumps(task))
+    ended = workshop.call("eval.py", "runs/tiny", "--tasks", "cats.json", "--quantize", "int8")
+    assert ended.code == 0, ended.err
+    found = json.loads((run / "report" / "tasks.json").read_text())
+    assert found["tasks"]["cats"]["acc,none"] == 1.0
+    assert (found["step"], found["weights"]) == (12, "int8")
+
+    timed = ("--skip-train", "--batches", "1", "--calls", "1", "--profiled", "0")
+    assert workshop.call("eval.py", "runs/tiny", "--speed", *timed).code == 0
+    speed = json.loads((run / "report" / "speed.json").read_text())
+    assert [w["name"] for w in speed["workloads"]] == ["prefill 16", "decode 1"]
+    assert speed["load"] == ("measured" if (run / "report" / "eval.json").exists() else "even")

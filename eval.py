@@ -5,13 +5,17 @@
     uv run eval.py runs/quickstart --quantize int8 --sensitivity
     uv run eval.py runs/quickstart --routing
     uv run eval.py runs/quickstart --trace trace.npz
+    uv run eval.py runs/quickstart --baseline runs/quickstart_dense
+    uv run eval.py runs/quickstart --tasks arc_easy my_task.yaml
+    uv run eval.py runs/quickstart --speed
     uv run eval.py configs/qwen3_30b_a3b.py --compute --hardware h100,v5e --price h100=2.5
 
 Prints tables, and writes report/eval.json and TensorBoard scalars into the run directory; with --quantize
 what rounded weights cost and report/quantized-FORMAT.json (docs/quantization.md); with --routing
-report/routing.html, its numbers and its pictures; with --trace a file of who went where; with --compute, for
-a run or a config, what it costs on chips that need not be here (docs/compute.md). On several machines it is
-the same command on each of them: docs/clusters.md.
+report/routing.html, its numbers and its pictures; with --trace a file of who went where; with --baseline
+report/compare-OTHER.html, both side by side. For a run or a config, --speed measures it here and --compute
+says what it costs on chips that need not be here. docs/eval.md and docs/compute.md say more. On several
+machines it is the same command on each of them: docs/clusters.md.
 """
 
 import sys
@@ -28,6 +32,7 @@ from moe.config import override
 from moe.data import prepare
 from moe.errors import UserError, run_main
 from moe.evaluation import tasks
+from moe.evaluation.baseline import compare_with
 from moe.evaluation.routes import Run, analyse_routing, trace_routing
 from moe.evaluation.speed_command import measure_speed
 from moe.experiment import Experiment
@@ -70,13 +75,20 @@ class Options:
     """With --quantize, which layers and which experts suffer most."""
 
     skip_speed: bool = False
-    """With --quantize, leave out how fast prompts are read and tokens made."""
+    """With --quantize or --baseline, leave out how fast prompts are read and tokens made."""
 
     strategy: Strategy | None = None
     """Route in another way than the run did, for example by Replay("trace.npz"); None routes as it did."""
 
     routing: bool = False
     """Analyse the routing, and how it came about over the checkpoints that the run keeps."""
+
+    baseline: str = ""
+    """Compare with the run in this directory, slice by slice, in size, in FLOPs and in speed; with --quantize
+    the quantised weights are compared, also with this same run."""
+
+    baseline_checkpoint: str = "last"
+    """Of the baseline: `last`, `best` or a step."""
 
     tasks: tuple[str, ...] = ()
     """Run these tasks of lm-evaluation-harness (extra `tasks`), by name or as files .yaml or .json, on the
@@ -135,6 +147,8 @@ def evaluate_run(directory: Path, options: Options) -> None:
         check_writable(Path(options.trace))
     if options.tasks:
         tasks.check_tasks(options.tasks)
+    if options.baseline:
+        read_experiment(Path(options.baseline))
 
     mesh = MeshConfig(expert=options.expert)
     jax.set_mesh(make_mesh(mesh))
@@ -156,9 +170,14 @@ def evaluate_run(directory: Path, options: Options) -> None:
         trace_routing(run, restored, Path(options.trace), options.trace_data)
     if options.tasks:
         run_on_tasks(run, restored, options)
-    elif options.quantize:
+    if options.baseline:
+        other, speed = Path(options.baseline), not options.skip_speed
+        compare_with(
+            run, restored, other, options.baseline_checkpoint, quantize=options.quantize, speed=speed
+        )
+    elif options.quantize and not options.tasks:
         measure_quantized(run, restored, options)
-    if not (options.routing or options.trace or options.quantize or options.tasks):
+    if not (options.routing or options.trace or options.quantize or options.tasks or options.baseline):
         measure(run, restored)
 
 

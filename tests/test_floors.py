@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parent.parent / "moe"
 FLOORS = {
     -1: ["errors"],
     0: ["mesh", "kernels", "quant", "config", "seal", "named_arrays", "machine", "processes"],
-    1: ["routing", "balance", "dispatch", "data", "optim", "checkpoint", "metrics", "heatmap"],
+    1: ["routing", "balance", "dispatch", "data", "optim", "checkpoint", "metrics", "heatmap", "page"],
     2: ["nn"],
     3: ["experiment", "analysis"],
     4: ["training", "decode", "export"],

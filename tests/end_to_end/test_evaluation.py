@@ -165,8 +165,39 @@ def test_a_run_is_asked_tasks_and_timed(workshop: Workshop, run: Path):
     assert found["tasks"]["cats"]["acc,none"] == 1.0
     assert (found["step"], found["weights"]) == (12, "int8")
 
-    timed = ("--skip-train", "--batches", "1", "--calls", "1", "--profiled", "0")
+    timed = ("--skip-serving", "--calls", "1", "--profiled", "0")
     assert workshop.call("eval.py", "runs/tiny", "--speed", *timed).code == 0
     speed = json.loads((run / "report" / "speed.json").read_text())
-    assert [w["name"] for w in speed["workloads"]] == ["prefill 16", "decode 1"]
-    assert speed["load"] == ("measured" if (run / "report" / "eval.json").exists() else "even")
+    (step,) = speed["workloads"]
+    assert step["name"] == "train step" and step["input_seconds"] > 0
+
+
+def test_a_run_beside_itself_before_quantisation_and_at_an_earlier_step(workshop: Workshop, run: Path):
+    few = ("--tokens", "1024", "--batch-size", "16")
+    quantized = ("--baseline", "runs/tiny", "--quantize", "int8")
+    ended = workshop.call("eval.py", "runs/tiny", *quantized, *few)
+    assert ended.code == 0, ended.err
+    found = json.loads((run / "report" / "compare-tiny-int8.json").read_text())
+    assert [side["name"] for side in found["sides"]] == ["tiny", "tiny in int8"]
+    assert set(found["slices"]) == {"prose", "code", "all"}
+    assert all(0 < abs(q["difference"]) < 0.05 for q in found["slices"].values())
+    ratios = {row["name"]: row["ratio"] for row in found["costs"]}
+    assert ratios["parameters"] == 1.0
+    assert 0.25 < ratios["bytes of the weights"] < 0.5
+    assert [row["name"] for row in found["speed"]] == ["prefill", "decode 1", "decode 8"]
+    assert (run / "report" / "compare-tiny-int8.html").read_text().startswith("<!doctype html>")
+
+    earlier = ("--baseline", "runs/tiny", "--baseline-checkpoint", "8", "--skip-speed")
+    assert workshop.call("eval.py", "runs/tiny", *earlier, *few).code == 0
+    found = json.loads((run / "report" / "compare-tiny.json").read_text())
+    assert [side["step"] for side in found["sides"]] == [8, 12]
+    losses = validation(run)
+    told = found["slices"]["all"]
+    # Training evaluated on more of the same data; the loss has grown since.
+    assert told["verdict"] == "worse" and losses[8]["validation/loss"] < losses[12]["validation/loss"]
+    assert found["regressions"][0].startswith("bits per byte of")
+
+
+def test_a_baseline_that_is_no_run_is_refused(workshop: Workshop, run: Path):
+    ended = workshop.call("eval.py", "runs/tiny", "--baseline", "texts")
+    assert ended.code == 2 and "texts holds no run" in ended.err

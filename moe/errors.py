@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -22,7 +23,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     """Runs an entry point's `main` and ends the process; what the user can mend is one line on stderr.
 
     Exit code 0 when `main` returns, 2 after a `UserError` or a full disk, 130 after Ctrl-C (as shells
-    expect of SIGINT). Any other exception is a bug of ours and keeps its traceback.
+    expect of SIGINT), 141 when nobody reads on what it prints, as in `train.py --help | head`. Any other
+    exception is a bug of ours and keeps its traceback.
     """
     try:
         main()
@@ -31,6 +33,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         if line is None:
             raise
         print(line, end="", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # or the interpreter would try to print the rest as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
     sys.exit(0)
 
@@ -38,7 +42,9 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 def ending(error: BaseException) -> tuple[int, str | None]:
     """Exit code and last words of a command that an exception ends; no words where it is a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, ""
+        return 128 + signal.SIGINT, ""
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, ""
     if isinstance(error, UserError):
         return 2, f"error: {one_line(error)}\n"
     full_disk = next(filter(_is_full_disk, _chain(error)), None)

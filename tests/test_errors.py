@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,17 @@ def test_user_error_is_one_line(capsys) -> None:
 
 def test_interrupt_is_quiet(capsys) -> None:
     assert end(KeyboardInterrupt(), capsys) == (130, "")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    program = "from moe.errors import run_main; run_main(lambda: print('line\\n' * 100_000))"
+    command = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout and command.stdout.readline() == b"line\n"
+    command.stdout.close()
+    assert command.communicate()[1] == b""
+    assert command.returncode == 141
 
 
 def wrapped(cause: Exception) -> Exception:

@@ -3,8 +3,8 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/routing_gpu.py
 
-63M active parameters, 65.5M tokens a run; 3 seeds of each row. A run is cut to end within minutes on one
-H100, and a killed sweep goes on where it was.
+63M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. A run is cut to end
+within minutes on one H100, and a killed sweep goes on where it was.
 
 Expected: hash, random and frozen routing clearly worse than learned (2604.14419: +1.1 to +2.2 perplexity at
 76-84M parameters); learned routers of different geometry within the margin of each other.
@@ -36,8 +36,8 @@ base = replace(
         domains.model,
         moe=replace(domains.model.moe, routing=TopK(k=4), balance=BIAS, dispatch=Dropless()),
     ),
-    train=replace(domains.train, steps=1000, evaluate_every=250),
-    checkpoints=Checkpoints(every=250),
+    train=replace(domains.train, steps=400, evaluate_every=100),
+    checkpoints=Checkpoints(every=400),
 )
 
 config = Ablation(

@@ -110,7 +110,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "$*" >scontrol\n'
 
 @pytest.fixture(scope="module")
 def stopped(workshop: Workshop, lost) -> Ended:
-    """The same run as a SLURM job, 2 x 2 devices with experts over all, whose time is up after a checkpoint."""
+    """The same run as a SLURM job, 2 x 2 devices and experts over all, whose time is up after a step."""
     programs = workshop.folder / "slurm"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):

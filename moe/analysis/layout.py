@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe.analysis.hardware import data_sheet
 from moe.dispatch import AllToAll, Auto, Exchange
 from moe.dispatch.rounds import Buffers
 from moe.kernels import rows_needed
@@ -134,7 +135,9 @@ def table(step: Step, state: dict[str, Any]) -> str:
     """Both as a few lines of text; traffic below a hundredth of all is left out."""
     kinds, moved = memory(step, state), traffic(step)
     told = ", ".join(f"{kind} {_bytes(size)}" for kind, size in kinds.items())
-    lines = [f"a device holds about {_bytes(sum(kinds.values()))}: {told}"]
+    sheet, held = data_sheet(present_device().device_kind), sum(kinds.values())
+    there = f" of its {_bytes(sheet.memory / sheet.devices)}" if sheet else ""
+    lines = [f"a device holds about {_bytes(held)}{there}: {told}"]
     sent = sum(each.sent for each in moved)
     if moved:
         lines += [f"and sends about {_bytes(sent)} a step:"]

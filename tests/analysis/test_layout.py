@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,13 @@ def test_what_an_exchange_sends_and_holds(mesh):
         gathered, exchanged = of(Gather(), k), of(AllToAll(), k)
         assert exchanged[0] < gathered[0] * 1.4 * (1 - (7 / 8) ** k)
         assert exchanged[1] < gathered[1] / 1.5
+
+
+def test_what_the_card_has_stands_beside_what_it_needs(monkeypatch):
+    h100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
+    monkeypatch.setattr("moe.analysis.layout.present_device", lambda: h100)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        told = table(
+            Step(MODEL, SEQUENCES, LENGTH), {"parameters": jax.ShapeDtypeStruct((2**28,), "float32")}
+        )
+    assert " GiB of its 80 GiB: parameters 1 GiB, " in told

@@ -8,6 +8,7 @@ A run leaves as a checkpoint of the architecture that carries its model. What co
 eval.py measures and from which train.py goes on: --init "Continue(run='runs/again')".
 """
 
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,32 +16,31 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from moe.checkpoint import Checkpoints, CheckpointStore
 from moe.config import override, to_json
-from moe.data import Data, Dataset, TokenizerFile, prepare
+from moe.data import Data, TokenizerFile, prepare
 from moe.errors import UserError, run_main
 from moe.experiment import Experiment, Train
 from moe.export.architecture import Architecture, choose
 from moe.export.architectures import ARCHITECTURES
 from moe.export.assemble import assemble
 from moe.export.card import evaluation, model_card
+from moe.export.compressed_tensors import check_format
 from moe.export.finished import finished_file, finished_folder
-from moe.export.hugging_face import Precision, Text, write_checkpoint
+from moe.export.hugging_face import Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config, read_tokenizer
 from moe.export.serving import GGUF, HUGGING_FACE, STABLEHLO, told
 from moe.export.stablehlo import write_stablehlo
-from moe.export.verify import client_answer, compare, our_answer, python_with
+from moe.export.stored import Precision, StoredWeights
+from moe.export.verified import CLIENTS, validation_prompts, verify
 from moe.export.weights import CheckpointWeights, find_checkpoint
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import structure
+from moe.quant import format_named
 from moe.training.run_directory import CONFIG, read_experiment
 from moe.training.state import TrainState
-
-PEERS = Path(__file__).parent / ".peers"
-PROMPT_TOKENS, NEW_TOKENS = 64, 16  # of each prompt with which an export is verified
 
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -65,23 +65,31 @@ class Export:
     precision: Precision = "float32"
     """Of the weights. float32 keeps every bit of them."""
 
-    quantize: Literal["", "q8_0"] = ""
-    """For gguf: q8_0 stores matrices in 8 bits."""
+    quantize: str = ""
+    """Matrices in 8 or 4 bits. For hf, laid out by compressed-tensors: int8-dynamic (activations too), int8,
+    int4 or fp8, with a group size int4-128. For gguf: q8_0."""
 
     shard_gb: float = 5.0
     """A new safetensors file begins where one would grow beyond this."""
 
     verify: bool = False
-    """Load the export in its client and compare log-probabilities and greedy tokens with the run's."""
+    """Load the export in each of its clients that is installed, and compare log-probabilities and greedy
+    tokens with the run's."""
 
     python: str = ""
-    """An interpreter that has the client; by default this one, or that of the peers' environments."""
+    """An interpreter that has a client; by default this one, or those of the peers' environments."""
 
     def __post_init__(self):
         if not self.shard_gb > 0:
             raise UserError(f"--shard-gb {self.shard_gb} must be more than 0")
-        if self.quantize and self.to != "gguf":
-            raise UserError(f"--quantize {self.quantize} is for --to gguf")
+        if self.quantize and self.to == "hf":
+            check_format(format_named(self.quantize))
+        elif self.quantize and self.quantize not in {"gguf": ("q8_0",)}.get(self.to, ()):
+            raise UserError(
+                f"--quantize {self.quantize} is not for --to {self.to}; uv run export.py RUN --help"
+            )
+        if self.python and not shutil.which(self.python):
+            raise UserError(f"--python {self.python} is no program; name an interpreter that has a client")
         if self.to == "gguf" and self.precision == "bfloat16":
             raise UserError("--precision bfloat16 is for --to hf; llama.cpp takes float32 or float16")
 
@@ -157,26 +165,31 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     for line in told(engines, out):
         say(line)
     if options.verify:
-        verify(job, validation_prompts(dataset, experiment.data.sequence_length))
+        prompts = validation_prompts(dataset, experiment.data.sequence_length)
+        whole = options.precision == "float32" and not options.quantize
+        clients, read = CLIENTS[options.to], weights.read
+        if options.to == "hf":  # rounded weights are compared with what our model makes of them
+            read = stored(job).read
+        verify(out, clients, experiment.model, read, prompts, whole=whole, python=options.python, say=say)
+
+
+def stored(job: Job) -> StoredWeights:
+    """What a Hugging Face checkpoint holds of the run's weights."""
+    options, model = job.options, job.experiment.model
+    architecture = choose(_wanted(options.architecture), model)
+    format = format_named(options.quantize) if options.quantize else None
+    return StoredWeights(architecture, model, job.weights.read, options.precision, format)
 
 
 def write_hugging_face(job: Job) -> None:
     """A folder with safetensors, configs, tokenizer and model card."""
     directory, experiment, weights, text, out, options = job
-    architecture = choose(_wanted(options.architecture), experiment.model)
+    weights_there = stored(job)
     with finished_folder(out) as folder:
-        write_checkpoint(
-            folder,
-            architecture,
-            experiment.model,
-            weights.read,
-            text,
-            precision=options.precision,
-            shard_bytes=int(options.shard_gb * 1e9),
-        )
+        write_checkpoint(folder, weights_there, text, shard_bytes=int(options.shard_gb * 1e9))
         card = model_card(
             experiment,
-            architecture,
+            weights_there.architecture,
             step=weights.step,
             averaged=weights.averaged,
             quality=evaluation(directory, weights.step),
@@ -213,41 +226,6 @@ def write_program(job: Job) -> None:
         write_stablehlo(
             folder, job.experiment.model, job.weights.read, job.text, precision=job.options.precision
         )
-
-
-def verify(job: Job, prompts: np.ndarray) -> None:
-    """Compare what the export's client says with what the run's model says.
-
-    Raises:
-        UserError: they differ, or the client is not there.
-    """
-    options, read = job.options, job.weights.read
-    exact = options.precision == "float32" and not options.quantize
-    if options.to == "hf":
-        client, package = "run_transformers", "transformers"
-        # Rounded weights are compared with what our model makes of them.
-        config = read_config(job.out)
-        architecture = architecture_of(config, ARCHITECTURES)
-        read, exact = HuggingFaceWeights(job.out, architecture, config).read, True
-    elif options.to == "gguf":
-        client, package = "run_llama_cpp", "llama_cpp"
-    else:
-        client, package = "run_stablehlo", "jax"
-    python = Path(options.python) if options.python else python_with(package, PEERS)
-    ours = our_answer(job.experiment.model, read, prompts, NEW_TOKENS)
-    found = compare(prompts, ours, client_answer(client, python, job.out, prompts, NEW_TOKENS))
-    if not (found.exact if exact else found.close):
-        raise UserError(f"{job.out} in {package}: {found}; see docs/export.md for what may explain it")
-    say(f"verified in {package}: {found}")
-
-
-def validation_prompts(dataset: Dataset, length: int) -> np.ndarray:
-    """The beginning of each slice's validation data, as many rows as the devices share."""
-    width = min(PROMPT_TOKENS, length)
-    rows = [dataset.tokens(name, "validation")[:width] for name in dataset.slices]
-    rows *= -(-jax.device_count() // len(rows))
-    usable = len(rows) - len(rows) % jax.device_count()
-    return np.stack(rows[:usable]).astype(np.int32)
 
 
 def take_in(folder: Path, out: Path, options: Import) -> None:

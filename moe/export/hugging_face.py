@@ -4,19 +4,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import tokenizers
 
-from moe.export.architecture import Architecture
-from moe.export.assemble import ReadWeights
-from moe.export.safetensors_file import DTYPES, Entry, SafetensorsWriter
-from moe.export.tensors import slots
-from moe.nn import TransformerConfig
+from moe.export.safetensors_file import SafetensorsWriter
+from moe.export.stored import StoredWeights
 
-Precision = Literal["float32", "bfloat16", "float16"]
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5_000_000_000
 
 
@@ -35,57 +29,29 @@ class Text:
 
 
 def write_checkpoint(
-    folder: Path,
-    architecture: Architecture,
-    model: TransformerConfig,
-    read: ReadWeights,
-    text: Text,
-    *,
-    precision: Precision,
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, stored: StoredWeights, text: Text, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write all that transformers and the engines load; no more than a layer's largest matrix is in memory.
 
     Args:
         folder: where to, empty.
-        architecture: one that carries the model.
-        model: of the run.
-        read: its weights.
+        stored: the run's weights as they are to lie there.
         text: how it was fed.
-        precision: of the weights.
         shard_bytes: most bytes of one safetensors file.
     """
-    config = architecture.config(model)
-    write_weights(folder, architecture, model, read, precision=precision, shard_bytes=shard_bytes)
+    write_weights(folder, stored, shard_bytes)
     ids = _write_tokenizer(folder, text)
     lengths = {"max_position_embeddings": text.sequence_length}
-    _write_json(folder / "config.json", config | lengths | ids | {"dtype": precision, "use_cache": True})
+    _write_json(folder / "config.json", stored.config | lengths | ids | {"use_cache": True})
     _write_json(folder / "generation_config.json", ids | {"do_sample": True})
 
 
-def write_weights(
-    folder: Path,
-    architecture: Architecture,
-    model: TransformerConfig,
-    read: ReadWeights,
-    *,
-    precision: Precision,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def write_weights(folder: Path, stored: StoredWeights, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the safetensors files; see `write_checkpoint`."""
-    whole = architecture.whole(architecture.config(model))
-    carried = slots(architecture.tensors, whole)
-    entries = [
-        Entry(name, DTYPES["F32" if slot.tensor.float32 else CODES[precision]], slot.their_shape)
-        for slot in carried
-        for name in slot.names
-    ]
+    entries = [entry for slot in stored.slots for entry in stored.entries(slot)]
     with SafetensorsWriter(folder, entries, shard_bytes) as writer:
-        for slot in carried:
-            array = read(slot.leaf, slot.repetition)
-            if array is None:  # a part that this architecture always has and our model has not
-                array = np.broadcast_to(np.float32(0), slot.shape)
-            for tensor in slot.to_theirs(array):
+        for slot in stored.slots:
+            for tensor in stored.tensors(slot):
                 writer.write([tensor])
 
 

@@ -22,6 +22,14 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+"""What is read."""
+QUANTIZED = {
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""What quantised matrices are written in besides."""
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -97,7 +105,7 @@ class SafetensorsWriter:
         self._open, self._file = shard, (self._folder / self._names[shard]).open("wb")
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        codes = {dtype: code for code, dtype in DTYPES.items()}
+        codes = {dtype: code for code, dtype in (DTYPES | QUANTIZED).items()}
         for entry in self._shards[shard]:
             place = [offset, offset + entry.nbytes]
             header[entry.name] = {

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from moe.dispatch import Dropless
 from moe.export.assemble import ReadWeights
-from moe.export.hugging_face import Precision, Text
+from moe.export.hugging_face import Text
 from moe.export.safetensors_file import Entry, SafetensorsWriter
+from moe.export.stored import Precision
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import TransformerConfig, build
 

@@ -3,10 +3,9 @@
 The client runs in a process of its own, by an interpreter that may be another than ours.
 """
 
-import importlib.util
 import os
+import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,28 +145,17 @@ def client_answer(
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         script = CLIENTS / f"{client}.py"
+        command = [python, script, export, asked, answered]
         ended = subprocess.run(
-            [python, script, export, asked, answered], capture_output=True, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         if ended.returncode:
-            last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"{export} cannot be run by {client}: {one_line(last[0])}")
+            raise UserError(f"{export} cannot be run by {client}: {_reason(ended.stdout)}")
         found = np.load(answered)
         return Answer(found["log_probabilities"], found["greedy"])
 
 
-def python_with(package: str, peers: Path) -> Path:
-    """An interpreter that has a package: this one, or that of the package's own environment.
-
-    Raises:
-        UserError: neither has it.
-    """
-    if importlib.util.find_spec(package):
-        return Path(sys.executable)
-    python = peers / package / "bin" / "python"
-    if python.exists():
-        return python
-    raise UserError(
-        f"--verify needs {package}: uv run python -m benchmarks.peers.environment {package}, or name an "
-        "interpreter that has it with --python"
-    )
+def _reason(output: str) -> str:
+    """The first error that a failed program speaks of, from which others follow; else its last line."""
+    found = re.findall(r"\b\w+Error: .*", output) or output.strip().splitlines()[-1:] or ["no message"]
+    return one_line(found[0])

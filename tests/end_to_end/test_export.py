@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -78,9 +79,22 @@ def test_what_was_taken_in_is_measured_and_trained(trained: Workshop):
 def test_transformers_agrees_on_a_trained_model(trained: Workshop):
     if not PYTHON.exists():
         pytest.skip("transformers is not installed: python -m benchmarks.peers.environment transformers")
-    ended = export(trained, "--out", "out/verified", "--verify")
-    assert (ended.code, ended.err) == (0, "")
-    assert "verified in transformers: log-probabilities of" in ended.out
+    for quantize in ("", "int4-16"):
+        out = f"out/verified{quantize}"
+        ended = export(trained, "--out", out, "--quantize", quantize, "--verify", "--python", str(PYTHON))
+        assert (ended.code, ended.err) == (0, "")
+        assert "verified in transformers: log-probabilities of" in ended.out
+        assert "100% of greedy texts are the same" in ended.out
+        assert "not verified in vllm, which is not installed: uv run python -m" in ended.out
+
+
+def test_a_client_that_is_not_there_is_named(trained: Workshop):
+    ended = export(trained, "--out", "out/alone", "--verify", "--python", sys.executable)
+    assert ended.code == 2
+    for client in ("transformers", "vllm"):
+        assert f"not verified in {client}, which is not installed: uv run python -m" in ended.out
+    assert "--verify found no client that runs out/alone" in ended.err
+    assert ended.err.count("\n") == 1
 
 
 def test_a_killed_export_leaves_nothing_that_looks_finished(trained: Workshop):
@@ -113,6 +127,14 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(trained: Workshop):
         ),
         (("runs/trained", "--out", "out/x", "--checkpoint", "7"), "--checkpoint 7: say last, best"),
         (("runs/trained", "--out", "texts"), "texts is there already"),
+        (("runs/trained", "--out", "out/x", "--quantize", "int5"), "'int5' is no format"),
+        (("runs/trained", "--out", "out/x", "--quantize", "q8_0"), "'q8_0' is no format"),
+        (("runs/trained", "--out", "out/x", "--quantize", "int4"), "group_size=32 does not divide the 16"),
+        (
+            ("runs/trained", "--to", "gguf", "--out", "out/x", "--quantize", "int4"),
+            "--quantize int4 is not for --to gguf",
+        ),
+        (("runs/trained", "--out", "out/x", "--python", "nowhere"), "--python nowhere is no program"),
         (("--from", "hf", "texts", "--out", "runs/x"), "texts holds no checkpoint"),
         (("--from", "onnx", "texts", "--out", "runs/x"), "--from onnx: only hf"),
     ],

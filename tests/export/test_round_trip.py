@@ -13,6 +13,7 @@ from moe.export.architectures import ARCHITECTURES
 from moe.export.hugging_face import write_weights
 from moe.export.importing import HuggingFaceWeights
 from moe.export.safetensors_file import INDEX, SafetensorsFolder
+from moe.export.stored import StoredWeights
 from moe.nn import TransformerConfig
 
 ALL = {f"{name}": model for name, model in MODELS.items()} | {
@@ -28,7 +29,7 @@ def _mesh(one_device):
 def written(folder, model: TransformerConfig, *, precision="float32", shard_bytes=10**9):
     """An export of random weights: those, and how to read the folder."""
     architecture, weights = choose(ARCHITECTURES, model), RandomWeights(model)
-    write_weights(folder, architecture, model, weights.read, precision=precision, shard_bytes=shard_bytes)
+    write_weights(folder, StoredWeights(architecture, model, weights.read, precision), shard_bytes)
     config = json.loads(json.dumps(architecture.config(model)))
     return weights, lambda: HuggingFaceWeights(folder, architecture, config)
 

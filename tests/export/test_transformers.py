@@ -12,6 +12,7 @@ from moe.data import Bytes
 from moe.export.architectures import ARCHITECTURES
 from moe.export.hugging_face import Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config
+from moe.export.stored import StoredWeights
 from moe.export.verify import CLIENTS, Answer, compare, our_answer
 
 SCRIPT = Path(__file__).with_name("checkpoints_by_transformers.py")
@@ -70,7 +71,7 @@ def test_what_we_write_of_them_is_the_same_to_transformers(one_device, folder, t
         again = folder / f"{name}-again"
         again.mkdir()
         text = Text(vocabulary, "<|endoftext|>", 64)
-        write_checkpoint(again, architecture, model, weights.read, text, precision="float32")
+        write_checkpoint(again, StoredWeights(architecture, model, weights.read), text)
         before = safetensors.numpy.load_file(folder / name / "model.safetensors")
         after = safetensors.numpy.load_file(again / "model.safetensors")
         assert before.keys() == after.keys()

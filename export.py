@@ -31,14 +31,14 @@ from moe.export.compressed_tensors import check_format
 from moe.export.finished import finished_file, finished_folder
 from moe.export.hugging_face import Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config, read_tokenizer
-from moe.export.serving import GGUF, HUGGING_FACE, STABLEHLO, told
+from moe.export.serving import GGUF, STABLEHLO, hugging_face, told
 from moe.export.stablehlo import write_stablehlo
 from moe.export.stored import Precision, StoredWeights
 from moe.export.verified import CLIENTS, validation_prompts, verify
 from moe.export.weights import CheckpointWeights, find_checkpoint
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn import structure
-from moe.quant import format_named
+from moe.quant import Format, format_named
 from moe.training.run_directory import CONFIG, read_experiment
 from moe.training.state import TrainState
 
@@ -82,8 +82,8 @@ class Export:
     def __post_init__(self):
         if not self.shard_gb > 0:
             raise UserError(f"--shard-gb {self.shard_gb} must be more than 0")
-        if self.quantize and self.to == "hf":
-            check_format(format_named(self.quantize))
+        if self.format:
+            check_format(self.format)
         elif self.quantize and self.quantize not in {"gguf": ("q8_0",)}.get(self.to, ()):
             raise UserError(
                 f"--quantize {self.quantize} is not for --to {self.to}; uv run export.py RUN --help"
@@ -92,6 +92,11 @@ class Export:
             raise UserError(f"--python {self.python} is no program; name an interpreter that has a client")
         if self.to == "gguf" and self.precision == "bfloat16":
             raise UserError("--precision bfloat16 is for --to hf; llama.cpp takes float32 or float16")
+
+    @property
+    def format(self) -> Format | None:
+        """Of the matrices of a Hugging Face checkpoint, where they are quantised."""
+        return format_named(self.quantize) if self.quantize and self.to == "hf" else None
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     job = Job(directory, experiment, weights, text, out, options)
 
     write, engines = {
-        "hf": (write_hugging_face, HUGGING_FACE),
+        "hf": (write_hugging_face, hugging_face(options.format)),
         "gguf": (write_llama_cpp, GGUF),
         "stablehlo": (write_program, STABLEHLO),
     }[options.to]
@@ -177,8 +182,7 @@ def stored(job: Job) -> StoredWeights:
     """What a Hugging Face checkpoint holds of the run's weights."""
     options, model = job.options, job.experiment.model
     architecture = choose(_wanted(options.architecture), model)
-    format = format_named(options.quantize) if options.quantize else None
-    return StoredWeights(architecture, model, job.weights.read, options.precision, format)
+    return StoredWeights(architecture, model, job.weights.read, options.precision, options.format)
 
 
 def write_hugging_face(job: Job) -> None:
@@ -193,7 +197,8 @@ def write_hugging_face(job: Job) -> None:
             step=weights.step,
             averaged=weights.averaged,
             quality=evaluation(directory, weights.step),
-            engines=HUGGING_FACE,
+            quantized=options.quantize,
+            engines=hugging_face(options.format),
             path=out,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

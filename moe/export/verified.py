@@ -50,9 +50,11 @@ class Client:
         return python if python.exists() else None
 
 
+TRANSFORMERS = Client("transformers", "run_transformers", rounds=False)
+LLAMA_CPP = Client("llama_cpp", "run_llama_cpp")
 CLIENTS = {
-    "hf": (Client("transformers", "run_transformers", rounds=False), Client("vllm", "run_vllm")),
-    "gguf": (Client("llama_cpp", "run_llama_cpp"),),
+    "hf": (TRANSFORMERS, Client("vllm", "run_vllm")),
+    "gguf": (LLAMA_CPP,),
     "stablehlo": (Client("jax", "run_stablehlo"),),
 }
 

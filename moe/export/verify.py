@@ -138,21 +138,32 @@ def client_answer(
     Raises:
         UserError: it failed.
     """
+    found = _asked(client, python, export, prompts=prompts, new_tokens=np.array(new_tokens))
+    return Answer(found["log_probabilities"], found["greedy"])
+
+
+def client_losses(
+    client: str, python: Path, export: Path, texts: Int[np.ndarray, "N S+1"]
+) -> Float[np.ndarray, "N S"]:
+    """Negative log-likelihoods of the tokens of some texts, but for the first; see `client_answer`."""
+    return _asked(client, python, export, texts=texts)["losses"]
+
+
+def _asked(client: str, python: Path, export: Path, **questions: np.ndarray) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "asked.npz", Path(folder) / "answered.npz"
-        np.savez(asked, prompts=prompts, new_tokens=new_tokens)
+        np.savez(asked, allow_pickle=False, **questions)
         # A client must not find our packages by accident, nor look for models on a network.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        script = CLIENTS / f"{client}.py"
-        command = [python, script, export, asked, answered]
+        command = [python, CLIENTS / f"{client}.py", export, asked, answered]
         ended = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         if ended.returncode:
             raise UserError(f"{export} cannot be run by {client}: {_reason(ended.stdout)}")
-        found = np.load(answered)
-        return Answer(found["log_probabilities"], found["greedy"])
+        with np.load(answered) as found:
+            return dict(found)
 
 
 def _reason(output: str) -> str:

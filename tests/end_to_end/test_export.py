@@ -88,6 +88,41 @@ def test_transformers_agrees_on_a_trained_model(trained: Workshop):
         assert "not verified in vllm, which is not installed: uv run python -m" in ended.out
 
 
+def test_transformers_measures_the_losses_that_evaluation_does(trained: Workshop):
+    if not PYTHON.exists():
+        pytest.skip("transformers is not installed: python -m benchmarks.peers.environment transformers")
+    export(trained, "--out", "out/served")
+    measure = ("moe/compress/served.py", "runs/trained", "out/served", "--python", str(PYTHON))
+    ended = trained.call(*measure, "--quantize", "int8", "--tokens", "2000")
+    assert (ended.code, ended.err) == (0, "")
+    report = trained.runs / "trained" / "report"
+    served = json.loads((report / "served-served.json").read_text())["slices"]
+
+    arguments = ("--quantize", "int8", "--tokens", "2000", "--skip-speed")
+    assert trained.call("eval.py", "runs/trained", *arguments).code == 0
+    found = json.loads((report / "quantized-int8.json").read_text())
+    for name, slice_ in {**found["slices"], "all": found["total"]}.items():
+        assert served[name]["run"] == pytest.approx(slice_["loss_before"], abs=1e-5)
+        assert served[name]["quantized"] == pytest.approx(slice_["loss_after"], abs=1e-5)
+        assert served[name]["served"] == pytest.approx(slice_["loss_before"], abs=1e-5)
+        assert served[name]["tokens"] == slice_["targets"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("runs/trained",), "give a run and an export of it"),
+        (("runs/trained", "texts"), "texts is neither the folder of a Hugging Face checkpoint nor"),
+        (("runs/trained", "out/model.gguf"), "out/model.gguf is neither"),
+    ],
+)
+def test_what_is_no_export_is_not_measured(trained: Workshop, arguments, message):
+    ended = trained.call("moe/compress/served.py", *arguments)
+    assert ended.code == 2
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def test_a_client_that_is_not_there_is_named(trained: Workshop):
     ended = export(trained, "--out", "out/alone", "--verify", "--python", sys.executable)
     assert ended.code == 2

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+ROWS = 16  # texts at once
+
 
 def answer(checkpoint: str, prompts: np.ndarray, new_tokens: int) -> dict[str, np.ndarray]:
     """Log-probabilities of every token at every place of the prompts, and their greedy continuation."""
@@ -32,6 +34,16 @@ def answer(checkpoint: str, prompts: np.ndarray, new_tokens: int) -> dict[str, n
         )
     greedy = whole[:, tokens.shape[1] :]
     return {"log_probabilities": log_probabilities.numpy(), "greedy": greedy.numpy()}
+
+
+def losses(checkpoint: str, texts: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of every token but the first, [N, S]."""
+    model, found = load(Path(checkpoint)), []
+    with torch.inference_mode():
+        for rows in torch.tensor(texts, dtype=torch.long).split(ROWS):
+            logits = model(rows[:, :-1]).logits
+            found.append(torch.nn.functional.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
+    return torch.cat(found).numpy()
 
 
 def load(checkpoint: Path) -> PreTrainedModel:
@@ -77,7 +89,10 @@ def main() -> None:
     """Read the prompts, answer, write."""
     checkpoint, asked, answered = sys.argv[1:]
     questions = np.load(asked)
-    np.savez(answered, **answer(checkpoint, questions["prompts"], int(questions["new_tokens"])))
+    if "texts" in questions:
+        np.savez(answered, losses=losses(checkpoint, questions["texts"]))
+    else:
+        np.savez(answered, **answer(checkpoint, questions["prompts"], int(questions["new_tokens"])))
 
 
 if __name__ == "__main__":

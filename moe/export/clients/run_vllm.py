@@ -23,7 +23,7 @@ if QUANTIZED:
     # alone, and they run on others with AVX-512 too. Here, and not in `main`, for the engine's processes.
     vllm.platforms._is_amd_zen_cpu = lambda: True
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # noqa: E402
 
 
 def answer(checkpoint: str, prompts: np.ndarray, new_tokens: int) -> dict[str, np.ndarray]:

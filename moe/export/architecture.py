@@ -1,10 +1,12 @@
 """An architecture of the Hugging Face hub: what it can carry, read off its declaration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 from moe.balance import LossFreeBias
+from moe.config.fields import check
 from moe.dispatch import Dropless
 from moe.errors import UserError, one_line
 from moe.export.attention_keys import Latents
@@ -20,6 +22,23 @@ PARTS: dict[str, Ours] = {
     "shared_experts": {"moe.shared_experts": 0, "moe.shared_width": 0, "moe.shared_gate": "none"},
     "score_bias": {"moe.balance": ()},
 }
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """What goes wrong inside with a config.json is told in one line.
+
+    Raises:
+        UserError: something did.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"config.json has no {error.args[0]}; put back what the model came with") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json cannot be understood ({one_line(error)}); put back what the model came with"
+        ) from error
 
 
 class Lens(Protocol):
@@ -105,16 +124,15 @@ class Architecture:
             UserError: it lacks a key, or says what our model cannot do.
         """
         found: Ours = {}
-        for lens in self.keys:
-            try:
+        with understood():
+            for lens in self.keys:
                 found |= lens.read(config)
-            except (TypeError, ValueError, ZeroDivisionError) as error:
-                raise UserError(f"config.json cannot be understood: {one_line(error)}") from error
-            except KeyError as error:
-                raise UserError(
-                    f"config.json has no {error.args[0]}; put back what the model came with"
-                ) from error
-        return _assemble(found)
+            for name, value in found.items():
+                if isinstance(value, int | float) and value < 0:
+                    raise UserError(f"config.json makes {name} {value}; put back what the model came with")
+            model = _assemble(found)
+            check(model)
+        return model
 
     def model(self, config: Theirs) -> TransformerConfig:
         """Our model of a config.json.
@@ -122,8 +140,10 @@ class Architecture:
         Raises:
             UserError: it lacks a key, or says what our model cannot do.
         """
-        whole = self.whole(config)
-        for part in config.get(ABSENT, ()):
+        whole, parts = self.whole(config), config.get(ABSENT, [])
+        if not isinstance(parts, list) or not all(part in PARTS for part in parts):
+            raise UserError(f"config.json: {ABSENT}={parts!r} must be a list of {', '.join(PARTS)}")
+        for part in parts:
             without = {name.removeprefix("moe."): value for name, value in PARTS[part].items()}
             whole = replace(whole, moe=replace(whole.moe, **without))
         return whole

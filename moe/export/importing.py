@@ -11,7 +11,7 @@ import tokenizers
 
 from moe.data import TokenizerFile
 from moe.errors import UserError, one_line
-from moe.export.architecture import Architecture
+from moe.export.architecture import Architecture, understood
 from moe.export.safetensors_file import SafetensorsFolder
 from moe.export.tensors import Part, Slot, slots
 from moe.nn import TransformerConfig
@@ -37,7 +37,7 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
     """
     found = {architecture.model_type: architecture for architecture in architectures}
     name = config.get("model_type")
-    if name not in found:
+    if not isinstance(name, str) or name not in found:
         raise UserError(
             f"config.json: model_type={name!r} is not supported; supported are {', '.join(found)}"
         )
@@ -127,11 +127,13 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, architecture: Architecture, config: dict[str, Any]):
         self._folder, self._files = folder, SafetensorsFolder(folder)
         whole, model = architecture.whole(config), architecture.model(config)
-        known = {slot.leaf for slot in slots(architecture.tensors, model)}
+        with understood():
+            known = {slot.leaf for slot in slots(architecture.tensors, model)}
+            wanted = slots(architecture.tensors, whole)
         self._found: dict[tuple[str, int | None], _Found] = {}
         self._zeros: list[_Found] = []
         left = self._files.names
-        for slot in slots(architecture.tensors, whole):
+        for slot in wanted:
             found = self._find(slot)
             left -= set(found.names)
             if slot.leaf in known:

@@ -177,7 +177,8 @@ class SafetensorsFolder:
         index = self._folder / INDEX
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = json.loads(index.read_text())["weight_map"].values()
+                names = sorted({Path(name).name for name in files})  # never of another folder
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{index} cannot be read ({one_line(error)}); fetch it again") from error
         else:

@@ -11,7 +11,7 @@ from moe.errors import UserError
 from moe.export.architecture import choose
 from moe.export.architectures import ARCHITECTURES
 from moe.export.hugging_face import write_weights
-from moe.export.importing import HuggingFaceWeights
+from moe.export.importing import HuggingFaceWeights, architecture_of
 from moe.export.safetensors_file import INDEX, SafetensorsFolder
 from moe.export.stored import StoredWeights
 from moe.nn import TransformerConfig
@@ -165,9 +165,39 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="fetch the others"):
         read()
     file.write_bytes(sound)
-    (tmp_path / INDEX).write_text("{")
-    with pytest.raises(UserError, match=f"{INDEX} cannot be read"):
-        read()
+    for text in ("{", "[]", '{"weight_map": [1]}', '{"weight_map": {"lm_head.weight": 1}}'):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(UserError, match=f"{INDEX} cannot be read"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["glm4_moe without", "deepseek_v3"])
+def test_a_config_that_makes_no_sense_is_told_in_one_line(tmp_path, name):
+    architecture = choose(ARCHITECTURES, ALL[name])
+    written(tmp_path, ALL[name])
+    config = json.loads(json.dumps(architecture.config(ALL[name])))
+    refused = set()
+    for key in config:
+        for value in ("x", -1, 0, [], {}, 1.5):
+            changed = config | {key: value}
+            try:
+                HuggingFaceWeights(tmp_path, architecture_of(changed, ARCHITECTURES), changed)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused.add(key)
+    assert {"model_type", "hidden_size", "num_attention_heads", "rope_parameters"} <= refused
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="model_type='gpt_oss' is not supported; supported are qwen3_moe"):
+        architecture_of({"model_type": "gpt_oss"}, ARCHITECTURES)
+
+
+def test_a_pickle_under_the_name_of_safetensors_is_not_opened(tmp_path):
+    written(tmp_path, MODELS["mixtral"])
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_a_pickle_is_not_opened(tmp_path):

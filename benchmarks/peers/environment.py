@@ -17,7 +17,8 @@ PYTHON = "3.11"
 def peer_python(requirements: Path) -> Path:
     """The interpreter of an environment that holds `requirements`, made first where it is missing.
 
-    torch comes as the build for CPUs; `PIP_FIND_LINKS`, where it is set, says where that lies.
+    torch comes as the build for CPUs; `PIP_FIND_LINKS`, where it is set, says where that lies. A file
+    NAME.excludes beside NAME.txt lists what is left out though something asks for it.
 
     Args:
         requirements: a file of pinned versions, whose name is the environment's.
@@ -33,6 +34,9 @@ def peer_python(requirements: Path) -> Path:
         raise UserError("uv is not on the PATH; it makes the environments of peers")
     wheels = os.environ.get("PIP_FIND_LINKS")
     source = ["--find-links", wheels] if wheels else ["--torch-backend", "cpu"]
+    excludes = requirements.with_suffix(".excludes")
+    if excludes.exists():
+        source += ["--excludes", str(excludes)]
     if not python.exists():
         _run([uv, "venv", "--quiet", "--clear", "--python", PYTHON, str(environment)])
     # Quick where everything is there already, and mends an installation that was cut short.

@@ -31,7 +31,7 @@ from moe.export.compressed_tensors import check_format
 from moe.export.finished import finished_file, finished_folder
 from moe.export.hugging_face import Text, write_checkpoint
 from moe.export.importing import HuggingFaceWeights, architecture_of, read_config, read_tokenizer
-from moe.export.serving import GGUF, STABLEHLO, hugging_face, told
+from moe.export.serving import GGUF, ONNX, STABLEHLO, hugging_face, told
 from moe.export.stablehlo import write_stablehlo
 from moe.export.stored import Precision, StoredWeights
 from moe.export.verified import CLIENTS, validation_prompts, verify
@@ -42,6 +42,8 @@ from moe.quant import Format, format_named
 from moe.training.run_directory import CONFIG, read_experiment
 from moe.training.state import TrainState
 
+QUANTIZED = {"gguf": ("q8_0",), "onnx": ("int8", "int4")}  # what takes formats of its own
+
 say = Console(highlight=False, soft_wrap=True).print
 
 
@@ -49,9 +51,9 @@ say = Console(highlight=False, soft_wrap=True).print
 class Export:
     """What to write, and how."""
 
-    to: Literal["hf", "gguf", "stablehlo"] = "hf"
-    """The format: hf is a Hugging Face checkpoint (a folder of safetensors), gguf a file for llama.cpp,
-    stablehlo a program that any process with JAX runs."""
+    to: Literal["hf", "gguf", "onnx", "stablehlo"] = "hf"
+    """The format: hf is a Hugging Face checkpoint (a folder of safetensors), gguf a file for llama.cpp, onnx
+    a folder for ONNX Runtime, stablehlo a program that any process with JAX runs."""
 
     out: str = ""
     """Folder or file to write, which must not exist yet."""
@@ -67,7 +69,7 @@ class Export:
 
     quantize: str = ""
     """Matrices in 8 or 4 bits. For hf, laid out by compressed-tensors: int8-dynamic (activations too), int8,
-    int4 or fp8, with a group size int4-128. For gguf: q8_0."""
+    int4 or fp8, with a group size int4-128. For gguf: q8_0. For onnx: int8 and int4, as eval.py has them."""
 
     shard_gb: float = 5.0
     """A new safetensors file begins where one would grow beyond this."""
@@ -84,14 +86,17 @@ class Export:
             raise UserError(f"--shard-gb {self.shard_gb} must be more than 0")
         if self.format:
             check_format(self.format)
-        elif self.quantize and self.quantize not in {"gguf": ("q8_0",)}.get(self.to, ()):
+        elif self.quantize and self.quantize not in (known := QUANTIZED.get(self.to, ())):
             raise UserError(
-                f"--quantize {self.quantize} is not for --to {self.to}; uv run export.py RUN --help"
+                f"--quantize {self.quantize} is not for --to {self.to}"
+                + (f", which takes {' and '.join(known)}" if known else "")
             )
         if self.python and not shutil.which(self.python):
             raise UserError(f"--python {self.python} is no program; name an interpreter that has a client")
         if self.to == "gguf" and self.precision == "bfloat16":
             raise UserError("--precision bfloat16 is for --to hf; llama.cpp takes float32 or float16")
+        if self.to == "onnx" and self.precision != "float32":
+            raise UserError(f"--precision {self.precision} is not for --to onnx: float32, or --quantize int8")
 
     @property
     def format(self) -> Format | None:
@@ -163,6 +168,7 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     write, engines = {
         "hf": (write_hugging_face, hugging_face(options.format)),
         "gguf": (write_llama_cpp, GGUF),
+        "onnx": (write_onnx_runtime, ONNX),
         "stablehlo": (write_program, STABLEHLO),
     }[options.to]
     write(job)
@@ -223,6 +229,18 @@ def write_llama_cpp(job: Job) -> None:
             name=experiment.name,
             precision=precision,
         )
+
+
+def write_onnx_runtime(job: Job) -> None:
+    """A folder with graph, weights, tokenizer and what onnxruntime-genai asks for."""
+    try:
+        from moe.export.onnx_folder import write_onnx
+    except ModuleNotFoundError as error:
+        raise UserError(f"--to onnx needs {error.name}: uv run --extra onnx export.py ...") from error
+    _, experiment, weights, text, out, options = job
+    format = format_named(options.quantize) if options.quantize else None
+    with finished_folder(out) as folder:
+        write_onnx(folder, experiment.model, weights.read, text, name=experiment.name, format=format)
 
 
 def write_program(job: Job) -> None:

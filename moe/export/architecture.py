@@ -158,7 +158,7 @@ class Architecture:
                 return [_feature(model, lens.ours)]
         carried = self.model(self.config(model))
         layers = [] if carried.layers == model.layers else [f"model.layers={model.layers}"]
-        return layers + _differences("model", essence(model), essence(replace(carried, layers=model.layers)))
+        return layers + differences("model", essence(model), essence(replace(carried, layers=model.layers)))
 
 
 def essence(model: TransformerConfig) -> TransformerConfig:
@@ -235,7 +235,8 @@ def _feature(model: TransformerConfig, name: str) -> str:
     return f"{path}={config}"
 
 
-def _differences(name: str, ours: Any, carried: Any) -> list[str]:
+def differences(name: str, ours: Any, carried: Any) -> list[str]:
+    """Fields of two configs that differ, each with the value of the first, such as `model.width=64`."""
     if ours == carried:
         return []
     if type(ours) is not type(carried) or not is_dataclass(ours):
@@ -243,5 +244,5 @@ def _differences(name: str, ours: Any, carried: Any) -> list[str]:
     return [
         line
         for part in fields(ours)
-        for line in _differences(f"{name}.{part.name}", getattr(ours, part.name), getattr(carried, part.name))
+        for line in differences(f"{name}.{part.name}", getattr(ours, part.name), getattr(carried, part.name))
     ]

@@ -40,7 +40,7 @@ def write_checkpoint(
         shard_bytes: most bytes of one safetensors file.
     """
     write_weights(folder, stored, shard_bytes)
-    ids = _write_tokenizer(folder, text)
+    ids = write_tokenizer(folder, text)
     lengths = {"max_position_embeddings": text.sequence_length}
     _write_json(folder / "config.json", stored.config | lengths | ids | {"use_cache": True})
     _write_json(folder / "generation_config.json", ids | {"do_sample": True})
@@ -55,7 +55,7 @@ def write_weights(folder: Path, stored: StoredWeights, shard_bytes: int = SHARD_
                 writer.write([tensor])
 
 
-def _write_tokenizer(folder: Path, text: Text) -> dict[str, int]:
+def write_tokenizer(folder: Path, text: Text) -> dict[str, int]:
     """The tokenizer's files; the ids of its special tokens."""
     shutil.copyfile(text.tokenizer, folder / "tokenizer.json")
     special = {f"{role}_token": text.end_of_text for role in ("bos", "eos", "pad")}

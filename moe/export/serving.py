@@ -52,6 +52,19 @@ GGUF = (
     Engine("Ollama", "ollama create NAME -f Modelfile, which says FROM {path}", UNTESTED),
 )
 
+ONNX = (
+    Engine(
+        "onnxruntime-genai",
+        "model = onnxruntime_genai.Model('{path}')",
+        "tested with 0.18: the same log-probabilities and tokens",
+    ),
+    Engine(
+        "ONNX Runtime",
+        "session = onnxruntime.InferenceSession('{path}/model.onnx')",
+        "tested with 1.31",
+    ),
+)
+
 STABLEHLO = (
     Engine(
         "JAX", "python moe/export/clients/run_stablehlo.py {path} ASKED.npz ANSWERED.npz", "tested on a CPU"

@@ -55,6 +55,7 @@ LLAMA_CPP = Client("llama_cpp", "run_llama_cpp")
 CLIENTS = {
     "hf": (TRANSFORMERS, Client("vllm", "run_vllm")),
     "gguf": (LLAMA_CPP,),
+    "onnx": (Client("onnxruntime", "run_onnxruntime"),),
     "stablehlo": (Client("jax", "run_stablehlo"),),
 }
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from moe.quant import Format, format_named
 from moe.training.run_directory import CONFIG, read_experiment
 from moe.training.state import TrainState
 
-QUANTIZED = {"gguf": ("q8_0",), "onnx": ("int8", "int4")}  # what takes formats of its own
+QUANTIZED = {"gguf": ("q8_0", "q4_k_m"), "onnx": ("int8", "int4")}  # what takes formats of its own
 
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -69,7 +69,7 @@ class Export:
 
     quantize: str = ""
     """Matrices in 8 or 4 bits. For hf, laid out by compressed-tensors: int8-dynamic (activations too), int8,
-    int4 or fp8, with a group size int4-128. For gguf: q8_0. For onnx: int8 and int4, as eval.py has them."""
+    int4 or fp8, with a group size int4-128. For gguf: q8_0 or q4_k_m. For onnx: int8 or int4, as eval.py has them."""
 
     shard_gb: float = 5.0
     """A new safetensors file begins where one would grow beyond this."""
@@ -213,12 +213,12 @@ def write_hugging_face(job: Job) -> None:
 def write_llama_cpp(job: Job) -> None:
     """One GGUF file."""
     try:
-        from moe.export.gguf_file import write_gguf
+        from moe.export.gguf_file import GgufType, write_gguf
     except ModuleNotFoundError as error:
         raise UserError(f"--to gguf needs {error.name}: uv run --extra gguf export.py ...") from error
     _, experiment, weights, text, out, options = job
     architecture = choose(_wanted(options.architecture), experiment.model)
-    precision = "q8_0" if options.quantize else "float16" if options.precision == "float16" else "float32"
+    precision = cast(GgufType, options.quantize or options.precision)
     with finished_file(out) as path:
         write_gguf(
             path,

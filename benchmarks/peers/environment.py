@@ -4,6 +4,7 @@ python -m benchmarks.peers.environment transformers
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from moe.errors import UserError, run_main
 
 PYTHON = "3.11"
+# llama.cpp's products with AMX end in a segmentation fault on some machines (ggml-org/llama.cpp#20824).
+FLAGS = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 
 
 def peer_python(requirements: Path) -> Path:
@@ -45,7 +48,8 @@ def peer_python(requirements: Path) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    flags = {"CFLAGS": FLAGS, "CXXFLAGS": FLAGS}
+    result = subprocess.run(command, capture_output=True, text=True, env=flags | os.environ)
     if result.returncode:
         raise UserError(f"{' '.join(command[1:3])} failed: {result.stderr.strip()}")
 

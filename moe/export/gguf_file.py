@@ -6,29 +6,22 @@ fixed there; `LlamaCpp` of an architecture says what, and a model that differs i
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tokenizers
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
-from gguf.constants import ExpertGatingFuncType
+from gguf import GGUFWriter, TokenType
+from gguf.constants import GGML_QUANT_VERSION, ExpertGatingFuncType
 
 from moe.errors import UserError
 from moe.export.architecture import Architecture
 from moe.export.assemble import ReadWeights
+from moe.export.gguf_types import FILES, GgufType, encode, kind_of, stored
 from moe.export.hugging_face import Text
 from moe.export.tensors import Slot, slots
 from moe.nn import LatentAttentionConfig, TransformerConfig
 from moe.routing import TopK
 from moe.routing.group_limited import GroupLimitedTopK
-
-GgufType = Literal["float32", "float16", "q8_0"]
-TYPES = {
-    "float32": GGMLQuantizationType.F32,
-    "float16": GGMLQuantizationType.F16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-}
-Q8_BLOCK = 32  # values that share a scale in Q8_0
 
 NAMES = {
     "embedding": "token_embd.weight",
@@ -63,8 +56,6 @@ NAMES = {
     "moe/shared/w_down": "ffn_down_shexp.weight",
     "moe/shared/w_shared_gate": "ffn_gate_inp_shexp.weight",
 }
-FLOAT32 = {"moe/router/w", "moe/shared/w_shared_gate"}
-"""Matrices that llama.cpp wants in float32, besides all vectors."""
 
 
 def check(architecture: Architecture, model: TransformerConfig) -> None:
@@ -114,8 +105,7 @@ def write_gguf(
         read: its weights.
         text: how it was fed.
         name: of the model.
-        precision: of the matrices; vectors and the router stay float32, and what Q8_0's blocks of 32 do not
-            divide is float16.
+        precision: of the matrices (`moe.export.gguf_types`).
 
     Raises:
         UserError: llama.cpp does something otherwise, or does not know the tokenizer.
@@ -125,24 +115,25 @@ def write_gguf(
     carried = slots(architecture.tensors, whole)
     writer = GGUFWriter(path, architecture.llama_cpp.name)
     writer.add_name(name)
+    writer.add_file_type(FILES[precision])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_model(writer, architecture, whole, text.sequence_length)
     _add_tokenizer(writer, text, model.vocab_size)
-    for slot in carried:
-        kind, shape = _kind(slot, precision), _shape(slot)
-        stored = quants.quant_shape_to_byte_shape(shape, kind) if kind == TYPES["q8_0"] else shape
-        dtype = {TYPES["q8_0"]: np.uint8, TYPES["float16"]: np.float16}.get(kind, np.float32)
-        nbytes = int(np.prod(stored)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(_name(slot, architecture), stored, np.dtype(dtype), nbytes, kind)
+    kinds = [kind_of(slot, _shape(slot), whole, precision) for slot in carried]
+    for slot, kind in zip(carried, kinds, strict=True):
+        shape, dtype = stored(_shape(slot), kind)
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        writer.add_tensor_info(_name(slot, architecture), shape, dtype, nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for slot in carried:
+    for slot, kind in zip(carried, kinds, strict=True):
         array = read(slot.leaf, slot.repetition)
         array = np.zeros(slot.shape, np.float32) if array is None else array
         array = slot.tensor.layout.to_theirs(array).reshape(_shape(slot))
         if architecture.llama_cpp.interleaved and slot.tensor.ours in ("attention/w_q", "attention/w_k"):
             array = _interleaved(array, model.attention.head_width)
-        writer.write_tensor_data(quants.quantize(np.ascontiguousarray(array), _kind(slot, precision)))
+        writer.write_tensor_data(encode(array, kind))
     writer.close()
 
 
@@ -159,14 +150,6 @@ def _name(slot: Slot, architecture: Architecture) -> str:
 def _shape(slot: Slot) -> tuple[int, ...]:
     shape = slot.tensor.layout.to_theirs(np.broadcast_to(np.float32(0), slot.shape)).shape
     return shape[1:] if shape[0] == 1 else shape  # the one row of a gate
-
-
-def _kind(slot: Slot, precision: GgufType) -> GGMLQuantizationType:
-    if slot.tensor.ours in FLOAT32 or len(_shape(slot)) == 1:
-        return TYPES["float32"]
-    if precision == "q8_0" and _shape(slot)[-1] % Q8_BLOCK:
-        return TYPES["float16"]
-    return TYPES[precision]
 
 
 def _add_model(writer: GGUFWriter, architecture: Architecture, model: TransformerConfig, length: int) -> None:

@@ -1,5 +1,6 @@
 """GGUF files: what stands in them, what llama.cpp does otherwise, and what it answers where it is built."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,47 @@ def test_eight_bits_are_those_of_the_gguf_package(tmp_path, text):
     expected = weights.arrays["stacks/0/blocks/0/moe/experts/w_gate"][1].swapaxes(1, 2)
     found = gguf.quants.dequantize(stored.data, stored.tensor_type)
     np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 127)
+
+
+QUANTIZE = """
+import sys, llama_cpp
+wanted = llama_cpp.llama_model_quantize_default_params()
+wanted.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+sys.exit(llama_cpp.llama_model_quantize(*(path.encode() for path in sys.argv[1:]), wanted))
+"""
+WIDE = {"vocab_size": 300, "width": 256, "layers": 9 * "M", "attention": HEADS}
+
+
+def as_numbers(tensor) -> np.ndarray:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        replace(
+            MODELS["mixtral"], **WIDE, moe=replace(MODELS["mixtral"].moe, num_experts=8, expert_width=256)
+        ),
+        replace(MODELS["mixtral"], **WIDE, moe=replace(MODELS["mixtral"].moe, expert_width=64)),
+        replace(MODELS["glm4_moe"], width=256, dense_width=512),
+    ],
+    ids=["eight experts", "narrow experts", "dense layers first"],
+)
+def test_q4_k_m_is_the_mix_that_llama_cpp_makes(tmp_path, text, model):
+    if not PYTHON.exists():
+        pytest.skip("llama.cpp is not built: python -m benchmarks.peers.environment llama_cpp")
+    names = [tmp_path / f"{name}.gguf" for name in ("float32", "theirs", "ours")]
+    written(names[0], model, text)
+    written(names[2], model, text, "q4_k_m")
+    subprocess.run([PYTHON, "-c", QUANTIZE, names[0], names[1]], check=True, capture_output=True)
+    exact, theirs, ours = ({t.name: t for t in gguf.GGUFReader(name).tensors} for name in names)
+    assert {n: t.tensor_type.name for n, t in ours.items()} == {
+        n: t.tensor_type.name for n, t in theirs.items()
+    }
+    for name, tensor in exact.items():
+        x = as_numbers(tensor)
+        error, their_error = (np.square(as_numbers(found[name]) - x).mean() for found in (ours, theirs))
+        assert error <= 1.05 * their_error, name
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def main() -> None:
     results |= {"parameters": compute.total_params, "active_parameters": round(compute.active_params)}
     engines = [engine for engine in ENGINES if options.only in ("", engine.name)]
     trial = options.quick or bool(options.only)
-    results["engines"], results["others_share"] = measure(engines, shape, 2 if trial else options.turns)
+    others = Others()
+    results["engines"] = measure(engines, shape, 2 if trial else options.turns)
+    results["others_share"] = others.share()
     table = markdown(results)
     print(table)
     if trial:
@@ -132,8 +134,8 @@ def main() -> None:
     keep(ROOT / "docs" / "results" / "serving_cpu.md", table)
 
 
-def measure(engines: list[Engine], shape: dict[str, int], turns: int) -> tuple[list[dict[str, Any]], float]:
-    """Seconds of every engine and format, turn by turn; what part of the machine others took meanwhile."""
+def measure(engines: list[Engine], shape: dict[str, int], turns: int) -> list[dict[str, Any]]:
+    """Seconds of every engine and format, turn by turn."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = [
@@ -143,18 +145,17 @@ def measure(engines: list[Engine], shape: dict[str, int], turns: int) -> tuple[l
         ]
         for *_, worker in started:
             worker.ask(1)  # to warm up
-        others, told = Others(), []
+        told = []
         for turn in range(turns):
             note(f"turn {turn + 1} of {turns}")
             told.append([worker.ask(1) for *_, worker in started])
-        share = others.share()
-        return [
-            {"engine": engine.name, "format": format, "baseline": engine.formats[0]}
-            | worker.ready
-            | {name: [turn[i][name][0] for turn in told] for name in ("prefill", "decode")}
-            | {name: told[-1][i][name] for name in ("different_tokens", "peak_bytes")}
-            for i, (engine, format, worker) in enumerate(started)
-        ], share
+    return [
+        {"engine": engine.name, "format": format, "baseline": engine.formats[0]}
+        | worker.ready
+        | {name: [turn[i][name][0] for turn in told] for name in ("prefill", "decode")}
+        | {name: told[-1][i][name] for name in ("different_tokens", "peak_bytes")}
+        for i, (engine, format, worker) in enumerate(started)
+    ]
 
 
 def start(engine: Engine, shape: dict[str, int], folder: Path, stack: ExitStack):

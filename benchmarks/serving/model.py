@@ -18,9 +18,10 @@ from moe.routing import TopK
 
 LENGTH = 512  # tokens that a cache holds
 TOKENIZER, END = "tokenizer.json", "<|endoftext|>"
-EMBEDDING = (
-    0.02  # deviation; with more, the most likely token behind a token would be itself, again and again
-)
+# Under these, greedy tokens differ from one another. Attention that looks at all tokens alike would hide
+# which one came last, and a larger embedding would make it the likeliest next one: then the same experts,
+# which caches hold by then, would serve every token.
+EMBEDDING, HEAD_NORM = 0.05, 3.0
 
 MODEL = TransformerConfig(
     vocab_size=32_768,
@@ -44,7 +45,7 @@ class Weights:
             return None
         shape = self._leaves[leaf].shape[place is not None :]
         if leaf.endswith("scale"):
-            return np.ones(shape, np.float32)
+            return np.full(shape, HEAD_NORM if "attention/" in leaf else 1.0, np.float32)
         deviation = EMBEDDING if leaf == "embedding" else shape[-2] ** -0.5
         random = np.random.default_rng(zlib.crc32(f"{leaf}/{place}".encode()))
         return deviation * random.standard_normal(shape, np.float32)

@@ -13,6 +13,7 @@ def markdown(results: dict[str, Any]) -> str:
     for each in engines:
         versions |= each["versions"]
     modified = " and uncommitted changes" if results["modified"] else ""
+    different = min(each["different_tokens"] for each in engines)
     builds = sorted({each["build"] for each in engines if "build" in each})
     lines = [
         "# Serving on a CPU",
@@ -26,7 +27,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{hardware['cores']} cores; other programs took {results['others_share']:.0%} of them meanwhile",
         *(f"- {build}" for build in builds),
         f"- {results['parameters']:,} parameters, {results['active_parameters']:,} active, random; one "
-        f"sequence, a prompt of {results['prompt']} tokens, {results['new']} new ones",
+        f"sequence, a prompt of {results['prompt']} tokens, {results['new']} new ones, at least {different} "
+        "of them different",
         "",
         "Tokens a second: median over turns, with the slowest and the fastest turn in brackets. Against the",
         "engine's own unquantised format, turn by turn: the median.",

@@ -69,7 +69,7 @@ class Export:
 
     quantize: str = ""
     """Matrices in 8 or 4 bits. For hf, laid out by compressed-tensors: int8-dynamic (activations too), int8,
-    int4 or fp8, with a group size int4-128. For gguf: q8_0 or q4_k_m. For onnx: int8 or int4, as eval.py has them."""
+    int4 or fp8, with a group size int4-128; for gguf q8_0 or q4_k_m; for onnx int8 or int4."""
 
     shard_gb: float = 5.0
     """A new safetensors file begins where one would grow beyond this."""

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny import HEADS, MODELS, WITHOUT, RandomWeights
 
-from moe.data import Bytes
 from moe.errors import UserError
 from moe.export.architecture import choose
 from moe.export.architectures import ARCHITECTURES
@@ -43,13 +42,6 @@ FITTING = {
     "qwen3": MODELS["qwen3"],
     "glm4moe without shared experts": WITHOUT["glm4_moe"],
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Text:
-    path = tmp_path_factory.mktemp("text") / "tokenizer.json"
-    Bytes().build([]).save(str(path))
-    return Text(path, "<|endoftext|>", 64)
 
 
 @pytest.fixture(autouse=True)

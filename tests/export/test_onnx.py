@@ -9,7 +9,6 @@ import onnx
 import pytest
 from tiny import MODELS, RandomWeights
 
-from moe.data import Bytes
 from moe.dispatch import Capacity
 from moe.errors import UserError
 from moe.export.hugging_face import Text
@@ -45,13 +44,6 @@ FITTING = {
         MODELS["mixtral"], attention=AttentionConfig(heads=2, head_width=16, rotary_fraction=0.0, kv_heads=1)
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Text:
-    path = tmp_path_factory.mktemp("text") / "tokenizer.json"
-    Bytes().build([]).save(str(path))
-    return Text(path, "<|endoftext|>", 64)
 
 
 @pytest.fixture(autouse=True)

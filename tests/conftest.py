@@ -47,3 +47,11 @@ def one_device():
     """The 1 x 1 mesh, set for the test."""
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])) as mesh:
         yield mesh
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh_left_behind():
+    """Commands set a mesh for their process; called in a test they would set it for all tests behind it."""
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,13 @@ from moe.dispatch import Dropless
 from moe.dispatch.touched import Touched
 from moe.errors import UserError
 from moe.kernels.attention import causal_attention
+from moe.mesh import logical_rules
 from moe.nn import Transformer, TransformerConfig, structure
 from moe.nn.attention import Attend
 from moe.nn.parameter import use
+from moe.nn.quantized import HEAD
 from moe.nn.transformer import Block
+from moe.quant import Format, QuantizedMatrix, quantize
 from moe.routing import RoundRobin
 
 Caches = tuple[LayerCache, ...]  # of every layer, bottom first
@@ -57,6 +61,8 @@ class Decoder:
         @jax.jit
         def lay_out(params, controllers):
             model: Transformer = nnx.merge(graph, params, controllers)
+            if config.tied_embedding and _quantized(params):
+                _untie(model)
             layers = tuple(_used(block, config.dtype) for block in model.blocks())
             model.stacks = nnx.List([])
             return Decoder(_used(model, config.dtype), layers)
@@ -152,6 +158,21 @@ def for_decoding(config: TransformerConfig) -> TransformerConfig:
     steering = tuple(balancer for balancer in moe.balance if isinstance(balancer, Controller))
     moe = replace(moe, dispatch=Touched(), balance=steering, tokens_per_group=0)
     return replace(config, moe=moe)
+
+
+def _quantized(params: nnx.State) -> bool:
+    return any(isinstance(variable[...], QuantizedMatrix) for _, variable in nnx.to_flat_state(params))
+
+
+def _untie(model: Transformer) -> None:
+    """Give a model over quantised matrices an output head of its own, of eight bits as every head is there.
+
+    At batch 1 reading a tied one in compute precision would take longer than all other layers.
+    """
+    head: Any = quantize(use(model.embedding, jnp.dtype("float32")).T, Format("int8"))
+    with logical_rules():
+        model.head = nnx.Param(head, out_sharding=HEAD)
+    model.config = replace(model.config, tied_embedding=False)
 
 
 def dropped_in_training(config: TransformerConfig) -> str:

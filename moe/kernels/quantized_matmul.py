@@ -1,6 +1,7 @@
 """Products of rows with quantised matrices: one matrix for all rows, or each row times that of its expert.
 
-    W8A16, CPU      rows as sums of int8 parts, then int8 products: faster than bf16 for few rows
+    W8A16, CPU      a row or a few: `moe.kernels.cpu`; more, up to 64: rows as sums of int8 parts, then int8
+                    products, faster than bf16
     W8A16, other    codes to the dtype of the rows, product, times the scale of each output
     W4A16, groups   weights to the dtype of the rows, product
     W8A8            rows rounded to codes with one scale a token, products in int32 (fp8: in float32)
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.kernels import hopper
+from moe.kernels.cpu import few_rows as cpu
 from moe.kernels.groups import TILES_AT_ONCE, Groups
 from moe.kernels.int8_rows import int8_rows_fit, int8_rows_product
 from moe.kernels.tiles import TileLoop
@@ -69,6 +71,8 @@ def reference(rows: Float[Array, "*n R D"], w: QuantizedMatrix) -> Float[Array, 
 
 
 def _weight_only(rows, w):
+    if rows.ndim == 2 and rows.shape[0] <= cpu.MOST_ROWS and cpu.fits(w):
+        return cpu.product(rows, w)
     if w.format.codes == "int8" and w.scales.shape[-1] == 1 and rows.shape[-2] <= FEW_ROWS:
         return jax.lax.platform_dependent(rows, w, cpu=_in_parts, default=_upcast)
     return _upcast(rows, w)

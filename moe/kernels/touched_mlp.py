@@ -2,7 +2,8 @@
 
 A decode step brings an expert a row or two, so reading weights is all that takes time. On the CPU
 
-few assignments   one after the other, each with a copy of its expert's matrices that stays in the caches
+few assignments   one after the other, in int8 from where the matrices lie (`moe.kernels.cpu`), else each with
+                  a copy of its expert's matrices that stays in the caches
 more              a loop over tiles of rows, each of one expert, as in `expert_mlp` but for gate and up,
                   which are joined there: little beside a batch of training, but it reads every expert
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.kernels import hopper
+from moe.kernels.cpu import few_rows as cpu
 from moe.kernels.device import present_device
 from moe.kernels.expert_mlp import expert_mlp, swiglu
 from moe.kernels.permute import Plan, assignment_rows, gather_rows
@@ -129,6 +131,8 @@ def _stored(w):
 
 
 def _one_by_one(x, w_gate, w_up, w_down, expert, plan):
+    if cpu.fits(w_gate, w_up, w_down):
+        return cpu.swiglu_experts(x[plan.token], w_gate, w_up, w_down, expert).astype(x.dtype)
     here = (expert >= 0) & (expert < w_gate.shape[0])
     known = jnp.where(here, expert, 0)
     at_once = 2 - len(expert) % 2  # so that both cores have something

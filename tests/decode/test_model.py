@@ -16,9 +16,9 @@ from moe.decode.model import for_decoding
 from moe.dispatch import Capacity, Dropless, OneHot
 from moe.errors import UserError
 from moe.mesh import spec
-from moe.nn import AttentionConfig, CosineRouter, FreeExperts, LatentAttentionConfig, MLPRouter
+from moe.nn import AttentionConfig, CosineRouter, FreeExperts, LatentAttentionConfig, MLPRouter, structure
 from moe.nn.quantized import quantize_params
-from moe.quant import format_named
+from moe.quant import dequantize, format_named, quantize
 from moe.routing import (
     ControlledTopP,
     DefaultMoE,
@@ -134,6 +134,21 @@ def test_quantised_weights_decode_to_the_logits_of_the_full_forward_pass(mesh, f
     found = decoded(Decoder.of(CONFIGS["top-k"], rounded, rest), tokens)
     np.testing.assert_allclose(found, expected(nnx.merge(graph, rounded, rest), tokens), rtol=1e-3, atol=1e-3)
     assert np.abs(found - expected(model, tokens)).max() > 0.01
+
+
+def test_a_tied_head_is_rounded_as_one_of_its_own(one_device):
+    tied = replace(CONFIGS["top-k"], tied_embedding=True)
+    _, params, rest = nnx.split(built(tied)[0], nnx.Param, ...)
+    rounded = quantize_params(params, format_named("int8"), jnp.dtype("float32"))
+    leaves = dict(nnx.to_flat_state(rounded))
+    table = leaves[("embedding",)]
+    head = dequantize(quantize(table[...].T, format_named("int8")))
+    leaves[("head",)] = table.replace(head, out_sharding=("embed", "vocab"))
+    graph, _ = structure(replace(tied, tied_embedding=False))
+    untied = nnx.merge(graph, nnx.from_flat_state(list(leaves.items())), rest)
+    tokens = prompts()
+    found = decoded(Decoder.of(tied, rounded, rest), tokens)
+    np.testing.assert_allclose(found, expected(untied, tokens), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -11,6 +11,7 @@ from moe.export.architectures import ARCHITECTURES
 from moe.export.gguf_file import write_gguf
 from moe.export.hugging_face import Text, write_checkpoint
 from moe.export.onnx_folder import write_onnx
+from moe.export.stored import StoredWeights
 from moe.export.tensors import leaves
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig
 from moe.quant import format_named
@@ -72,5 +73,5 @@ def write(folder: Path, kind: str, precision: str) -> Path:
         format = None if precision == "float32" else format_named(precision)
         write_onnx(out, MODEL, read, text, name="serving", format=format)
     else:
-        write_checkpoint(out, architecture, MODEL, read, text, precision=precision)
+        write_checkpoint(out, StoredWeights(architecture, MODEL, read, precision), text)
     return out

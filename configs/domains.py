@@ -37,7 +37,9 @@ config = Experiment(
             dispatch=Dropless(),
         ),
     ),
-    optimizer=Muon(learning_rate=2e-3, schedule=WSD(warmup=100, decay_fraction=0.4, final=0.05)),
+    optimizer=Muon(
+        learning_rate=2e-3, products="bfloat16", schedule=WSD(warmup=100, decay_fraction=0.4, final=0.05)
+    ),
     train=Train(steps=2000, batch_size=64, loss_chunks=4, evaluate_every=250),
     checkpoints=Checkpoints(every=250),
 )

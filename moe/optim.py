@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
 
 from moe.errors import UserError
 
@@ -155,51 +154,46 @@ class Muon(Optimizer):
     b2: float = 0.95
     """AdamW's decay of the second moment."""
 
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the products that orthogonalise; bfloat16, as in the original, halves their time on a GPU."""
+
     def update_rule(self, params: nnx.State, rate: optax.Schedule) -> optax.GradientTransformation:
         """See `Optimizer`."""
-        directions = _experts_first(
-            muon(
-                learning_rate=1.0,
-                beta=self.momentum,
-                adam_b1=self.b1,
-                adam_b2=self.b2,
-                consistent_rms=0.2,
-                muon_weight_dimension_numbers=_map_axes(_muon_dimensions, params),
-            ),
-            params,
+        hidden = optax.chain(
+            optax.trace(self.momentum, nesterov=True),
+            optax.stateless(lambda updates, _: jax.tree.map(self._direction, updates)),
         )
-        # optax's own decay would reach the scales and biases of the AdamW part; `directions` point downhill.
-        decay = optax.add_decayed_weights(-self.weight_decay, _decayed(params))
-        return optax.chain(directions, decay, optax.scale_by_schedule(rate))
+        rules = {"hidden": hidden, "others": optax.scale_by_adam(self.b1, self.b2, nesterov=True)}
+        kinds = _map_axes(lambda axes: "others" if NOT_MUON_AXES & set(axes) else "hidden", params)
+        return optax.chain(
+            optax.partition(rules, kinds),
+            optax.add_decayed_weights(self.weight_decay, _decayed(params)),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    def _direction(self, momentum: jax.Array) -> jax.Array:
+        rows, columns = momentum.shape[-2:]
+        direction = orthogonalized(momentum.astype(self.products)).astype(momentum.dtype)
+        return 0.2 * max(rows, columns) ** 0.5 * direction
 
 
-def _muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
-    """The last two axes make the matrix; layers and experts in front of them are separate matrices."""
-    if NOT_MUON_AXES & set(axes):
-        return None
-    return MuonDimensionNumbers(reduction_axis=len(axes) - 2, output_axis=len(axes) - 1)
+def orthogonalized(matrices: jax.Array) -> jax.Array:
+    """Matrices with about the same singular vectors, and singular values between 0.7 and 1.2.
 
+    Five Newton-Schulz iterations of Muon's polynomial (Jordan et al., kellerjordan.github.io/posts/muon), which
+    optax offers in float32 alone, and over one axis of all the axes in front: split over devices, experts would
+    be gathered.
 
-def _experts_first(inner: optax.GradientTransformation, params: nnx.State) -> optax.GradientTransformation:
-    """Shows an optimizer experts in front of layers, in its state too.
-
-    optax makes one axis of all in front of a matrix. Split over devices it can stay if its major part was;
-    with layers in front every device would gather all experts of all layers.
+    Args:
+        matrices: (..., rows, columns), each by itself, in the precision of the products.
     """
-    expert = _map_axes(lambda axes: axes.index("expert") if "expert" in axes else 0, params)
-
-    def moved(tree, back: bool):
-        return jax.tree.map(lambda x, at: jnp.moveaxis(x, *((0, at) if back else (at, 0))), tree, expert)
-
-    def init(params):
-        return inner.init(moved(params, back=False))
-
-    def update(updates, state, params=None):
-        shown = None if params is None else moved(params, back=False)
-        updates, state = inner.update(moved(updates, back=False), state, shown)
-        return moved(updates, back=True), state
-
-    return optax.GradientTransformation(init, update)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-8).astype(x.dtype)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
 
 
 def _decayed(params: nnx.State):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moe.errors import UserError
 from moe.nn import AttentionConfig, MoEConfig, TransformerConfig, structure
-from moe.optim import WSD, AdamW, Cosine, Linear, Muon
+from moe.optim import WSD, AdamW, Cosine, Linear, Muon, orthogonalized
 from moe.training.state import abstract_state
 from tpu.collectives import Mesh, collective
 from tpu.hlo import Module
@@ -139,7 +139,7 @@ def test_muon_treats_every_layers_and_experts_matrix_by_itself(one_device):
     params, gradients = values(seed=0), [values(seed=1), values(seed=2)]
     before, after = named(params), named(run(optimizer, params, gradients))
     gradients = [named(grads) for grads in gradients]
-    alone = optax.contrib.muon(learning_rate=0.1, beta=0.95, adam_b2=0.95, consistent_rms=0.2)
+    alone = optax.contrib.muon(learning_rate=0.1, beta=0.0, nesterov=False, consistent_rms=0.2)
     adam = optax.adam(0.1, b1=0.9, b2=0.95, nesterov=True)
 
     @jax.jit(static_argnums=0)
@@ -150,21 +150,24 @@ def test_muon_treats_every_layers_and_experts_matrix_by_itself(one_device):
             value = value + updates
         return value
 
-    def steps(transformation, value, name, index):
-        return both_steps(transformation, value, *(grads[name][index] for grads in gradients))
+    def steps(transformation, value, name, index, seen):
+        return both_steps(transformation, value, *(grads[name][index] for grads in seen))
 
     hidden = 0
+    first, second = gradients
+    momentum = [{n: 1.95 * g for n, g in first.items()}]  # Nesterov's, by hand
+    momentum.append({n: g + 0.95 * (g + 0.95 * first[n]) for n, g in second.items()})
     for name, value in before.items():
         is_hidden = not any(
             part in name for part in ("norm", "b_", "router", "shared_gate", "embedding", "head")
         )
         if not is_hidden:
-            expected = steps(adam, value, name, ...)
+            expected = steps(adam, value, name, ..., gradients)
             np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
             continue
         hidden += 1
         for index in np.ndindex(value.shape[:-2]):
-            expected = steps(alone, value[index], name, index)
+            expected = steps(alone, value[index], name, index, momentum)
             np.testing.assert_allclose(
                 after[name][index], expected, rtol=1e-3, atol=1e-4, err_msg=f"{name}{index}"
             )
@@ -196,10 +199,25 @@ def test_muon_leaves_experts_on_their_devices(mesh):
     assert 0 < max(gathered) <= 2 * 16 * 8 * 8 * 4 // 4
 
 
-def test_muons_step_has_adamws_size(one_device):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 48), (48, 16), (1, 32, 32)])
+def test_singular_values_near_one_and_the_same_singular_vectors(dtype, shape):
+    matrices = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = np.asarray(orthogonalized(jnp.asarray(matrices, dtype)), np.float32)
+    left, values, right = np.linalg.svd(matrices, full_matrices=False)
+    in_their_basis = left.mT @ found @ right.mT
+    diagonal = np.diagonal(in_their_basis, axis1=-2, axis2=-1)
+    large = values > 0.1 * values.max()  # the iterations lift the smallest ones less
+    assert np.all((diagonal > 0.6) & (diagonal < 1.3) | ~large)
+    rest = in_their_basis - diagonal[..., None] * np.eye(diagonal.shape[-1])
+    assert np.abs(rest).max() < (1e-3 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_muons_step_has_adamws_size(one_device, products):
     """2502.16982, eq. 4: a root mean square of about 0.2, for matrices of any shape."""
     params = values(seed=0)
-    optimizer = Muon(learning_rate=1.0, schedule=FLAT, weight_decay=0.0, clip_norm=0.0)
+    optimizer = Muon(learning_rate=1.0, schedule=FLAT, weight_decay=0.0, clip_norm=0.0, products=products)
     after = named(run(optimizer, params, [values(seed=1)]))
     for part in ("attention/w_q", "attention/w_k", "moe/experts/w_up", "moe/experts/w_down"):
         name = f"stacks/1/blocks/0/{part}"

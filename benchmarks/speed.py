@@ -11,7 +11,6 @@ commit of a copy of the tree that has no repository can be given as the environm
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ def main() -> None:
         return
     asked, _ = asked_of(path, arguments, Speed)
     about = provenance() | {"jax": jax.__version__, "gpu": gpu(), "config": path, "arguments": arguments}
-    if "COMMIT" in os.environ:
-        about["commit"] = os.environ["COMMIT"]
     found = about | speed_report(asked, None)
     show(found)
     device = found["device"].lower().replace("nvidia", "").split()[0]

@@ -33,15 +33,16 @@ def cpuinfo(field: str) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this code, "unknown" outside a repository, and whether files differ from it.
+    """The commit of this code, and whether files differ from it.
 
-    Results do not count: they are a measurement's own output and may differ.
+    Outside a repository it is what the environment variable COMMIT says, or "unknown". Results do not count:
+    they are a measurement's own output and may differ.
     """
     try:
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*results*")
         return _git("rev-parse", "--short", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", False
+        return os.environ.get("COMMIT", "unknown"), False
 
 
 def _git(*command: str) -> str:

@@ -155,7 +155,7 @@ class Muon(Optimizer):
     """AdamW's decay of the second moment."""
 
     products: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the products that orthogonalise; bfloat16, as in the original, halves their time on a GPU."""
+    """Precision of the products that orthogonalise; in bfloat16, as in the original, a GPU is quicker."""
 
     def update_rule(self, params: nnx.State, rate: optax.Schedule) -> optax.GradientTransformation:
         """See `Optimizer`."""
@@ -180,8 +180,8 @@ class Muon(Optimizer):
 def orthogonalized(matrices: jax.Array) -> jax.Array:
     """Matrices with about the same singular vectors, and singular values between 0.7 and 1.2.
 
-    Five Newton-Schulz iterations of Muon's polynomial (Jordan et al., kellerjordan.github.io/posts/muon), which
-    optax offers in float32 alone, and over one axis of all the axes in front: split over devices, experts would
+    Five Newton-Schulz iterations of Muon's polynomial (Jordan et al., kellerjordan.github.io/posts/muon).
+    optax offers them in float32 alone, and makes one axis of all in front: split over devices, experts would
     be gathered.
 
     Args:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.gpu.command import Common, keep, program, render, results_file, run
-from benchmarks.gpu.decode_shapes import BATCHES, DECODED
+from benchmarks.gpu.decode_shapes import BATCHES, DECODED, FORMATS
 from moe.errors import run_main
 
 LAYERS, MODEL = "benchmarks/gpu/decode_layer_jax.py", "benchmarks/gpu/decode_model_jax.py"
@@ -64,12 +64,21 @@ def parts_of(options: Options) -> dict[str, list]:
     batches, requests = (BATCHES[:1], 3) if options.quick else (BATCHES, 200)
     generation = [{"name": f"OLMoE-1B-7B, batch {batch}", "batch": batch} for batch in batches]
     request = [{"name": "OLMoE-1B-7B, one request", "requests": requests}]
+    # A case for each format: the programs of sixteen layers take most of a minute to compile.
+    ours, request = (
+        [
+            case | {"name": f"{case['name']}, {format}", "format": format}
+            for case in cases
+            for format in FORMATS
+        ]
+        for cases in (generation, request)
+    )
     of_layers, model = (program(options, "Switchyard", script, torch=False) for script in (LAYERS, MODEL))
     peer = program(options, "transformers", TRANSFORMERS, torch=True)
     return {
         "layers": [(of_layers, layers)],
         "prefill": [(of_layers, prefill)],
-        "model": [(model, generation), (peer, generation)],
+        "model": [(model, ours), (peer, generation)],
         "request": [(model, request)],
     }
 

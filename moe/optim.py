@@ -190,9 +190,12 @@ def orthogonalized(matrices: jax.Array) -> jax.Array:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-8).astype(x.dtype)
-    for _ in range(5):
+
+    def iterate(_, x):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+
+    x = jax.lax.fori_loop(0, 5, iterate, x)  # a loop: unrolled, it compiled longer than the rest of a step
     return x.mT if tall else x
 
 

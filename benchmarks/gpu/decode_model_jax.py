@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks.gpu.cases import Record, serve_cases
-from benchmarks.gpu.decode_shapes import NEW, PROMPT, REQUESTED
+from benchmarks.gpu.decode_shapes import FORMATS, NEW, PROMPT, REQUESTED
 from benchmarks.worker import ROOT, Task
 from moe.compress.speed import Workload, speed_of
 from moe.config import load_config
@@ -30,7 +30,6 @@ from moe.quant import format_named
 from moe.training.state import initial_state
 
 CONFIG = Path("configs/olmoe_1b_7b.py")
-FORMATS = ("bfloat16", "int8")
 
 
 def start(task: Task):
@@ -43,16 +42,17 @@ def start(task: Task):
     state = initial_state(config, optax.identity(), seed=0, average=False)
     rounded = quantize_params(state.params, format_named("int8"), config.dtype)
     # In compute precision, as `Decoder` would cast them again and again.
-    weights = [Decoder.of(config, params, state.controllers) for params in (state.params, rounded)]
+    weights = dict(zip(FORMATS, (state.params, rounded), strict=True))
+    decoders = {name: Decoder.of(config, params, state.controllers) for name, params in weights.items()}
 
     def measure(case: dict[str, Any]) -> Iterator[Record]:
-        for format, decoder in zip(FORMATS, weights, strict=True):
-            if "requests" in case:
-                yield {"kind": "request", "format": format} | one_by_one(decoder, case["requests"])
-                continue
-            speed = speed_of([decoder], case["batch"], Workload(PROMPT, NEW))
-            figures = {"prefill": speed.prefill[0], "decode": speed.decode[0]}
-            yield {"kind": "model", "format": format, "batch": case["batch"]} | figures
+        told = {"format": case["format"]}
+        if "requests" in case:
+            yield {"kind": "request"} | told | one_by_one(decoders[case["format"]], case["requests"])
+            return
+        speed = speed_of([decoders[case["format"]]], case["batch"], Workload(PROMPT, NEW))
+        figures = {"prefill": speed.prefill[0], "decode": speed.decode[0]}
+        yield {"kind": "model", "batch": case["batch"]} | told | figures
 
     return {"versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}, measure
 

@@ -11,6 +11,7 @@ DECODED = {
 }
 TOKENS = (1, 8, 32, 128)  # of a decode step of a layer
 BATCHES = (1, 64)  # of a whole model
+FORMATS = ("bfloat16", "int8")  # of its weights
 PROMPT, NEW = 512, 128  # tokens of a sequence of a whole model
 REQUESTED = 32  # tokens that one request asks for
 

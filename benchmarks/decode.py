@@ -12,7 +12,7 @@
 
 `benchmarks/gpu/decode_layer_jax.py` and `decode_model_jax.py` say what exactly is timed. Results go to
 `benchmarks/results/decode_GPU.json` and `docs/results/decode_GPU.md`; those of one part replace its
-earlier ones there, and the other parts stay if they are of the same commit and card.
+earlier ones there, and the other parts stay if they are of the same card, each with its own commit.
 """
 
 import json
@@ -48,7 +48,7 @@ def main() -> None:
     results = run(options, [work for of_part in chosen.values() for work in of_part])
     names = (part for part, of_part in chosen.items() for _ in of_part)
     for part, told in zip(names, results["programs"], strict=True):
-        told["part"] = part
+        told |= {"part": part} | {key: results[key] for key in ("date", "commit", "modified")}
     kept = results_file(options, "decode", results)
     if options.only and kept.exists():
         results = joined(json.loads(kept.read_text()), results)
@@ -84,8 +84,8 @@ def parts_of(options: Options) -> dict[str, list]:
 
 
 def joined(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Results, and those of the parts that only an earlier run measured, on the same card and commit."""
-    if any(before[key] != results[key] for key in ("commit", "modified", "gpu")):
+    """Results, and those of the parts that only an earlier run on such a card measured."""
+    if before["gpu"] != results["gpu"]:
         return results
     measured = {told["part"] for told in results["programs"]}
     others = [told for told in before["programs"] if told["part"] not in measured]

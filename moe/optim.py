@@ -1,6 +1,7 @@
 """Optimizers and schedules, made with optax. Knows no model: parameters say what they are by axis names."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -163,7 +164,10 @@ class Muon(Optimizer):
             optax.trace(self.momentum, nesterov=True),
             optax.stateless(lambda updates, _: jax.tree.map(self._direction, updates)),
         )
-        rules = {"hidden": hidden, "others": optax.scale_by_adam(self.b1, self.b2, nesterov=True)}
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            "hidden": hidden,
+            "others": optax.scale_by_adam(self.b1, self.b2, nesterov=True),
+        }
         kinds = _map_axes(lambda axes: "others" if NOT_MUON_AXES & set(axes) else "hidden", params)
         return optax.chain(
             optax.partition(rules, kinds),

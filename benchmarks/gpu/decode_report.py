@@ -4,11 +4,11 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.gpu.cells import part, ratio, row, tera
+from benchmarks.gpu.decode_shapes import FORMATS
 from benchmarks.gpu.figures import OURS, Figures
 from benchmarks.gpu.report import failures, measured_on
 
 Record = dict[str, Any]
-FORMATS = ("bfloat16", "int8")
 
 
 def decode_page(results: dict[str, Any]) -> str:
@@ -19,6 +19,7 @@ def decode_page(results: dict[str, Any]) -> str:
 Made by `uv run benchmarks/decode.py`, whose docstring says what is measured and how.
 
 - {measured_on(results)}
+- {parts_measured(results)}
 - Medians over {results["rounds"]} rounds
 - A copy in the same run: {tera(copy_rate(figures))} TB/s, read and written"""
     return "\n\n".join([head, decode_summary(results).rstrip(), *failures(figures)]) + "\n"
@@ -29,6 +30,16 @@ def decode_summary(results: dict[str, Any]) -> str:
     figures = Figures(results)
     tables = [steps(figures), prompts(figures), models(figures), requests(figures)]
     return "\n\n".join(table for table in tables if table) + "\n"
+
+
+def parts_measured(results: dict[str, Any]) -> str:
+    """Which part is of which commit."""
+    parts: dict[str, list[str]] = {}
+    for told in results["programs"]:
+        modified = " and uncommitted changes" * told["modified"]
+        parts.setdefault(f"commit {told['commit']}{modified} ({told['date']})", []).append(told["part"])
+    named = [f"{', '.join(dict.fromkeys(of_it))}: {commit}" for commit, of_it in parts.items()]
+    return "; ".join(named)
 
 
 def copy_rate(figures: Figures) -> float | None:

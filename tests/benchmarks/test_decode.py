@@ -27,14 +27,14 @@ def test_bytes_are_those_of_experts_once_a_step():
     assert touched_bytes(SHAPE, chosen, 8) == 7 * (3 * 8 * 4 + 4 * (4 + 4 + 8))
 
 
-def test_parts_of_one_commit_are_kept_side_by_side():
-    def run(commit, **parts):
+def test_parts_measured_on_one_card_are_kept_side_by_side():
+    def run(card, **parts):
         told = [{"part": part, "records": [n]} for part, n in parts.items()]
-        return {"commit": commit, "modified": False, "gpu": {"name": "H100"}, "programs": told}
+        return {"gpu": {"name": card}, "programs": told}
 
-    both = joined(run("a", layers=1, model=2), run("a", layers=3))
+    both = joined(run("H100", layers=1, model=2), run("H100", layers=3))
     assert {told["part"]: told["records"] for told in both["programs"]} == {"model": [2], "layers": [3]}
-    assert joined(run("a", layers=1), run("b", model=2)) == run("b", model=2)
+    assert joined(run("H100", layers=1), run("H200", model=2)) == run("H200", model=2)
 
 
 def test_the_page():
@@ -60,9 +60,19 @@ def test_the_page():
             "hardware": {"processor": "x"},
             "gpu": {},
             "rounds": 3,
-            "programs": [{"records": records}],
+            "programs": [
+                {
+                    "records": records,
+                    "part": "layers",
+                    "date": "2026-11-22",
+                    "commit": "ab",
+                    "modified": True,
+                },
+                {"records": [], "part": "model", "date": "2026-11-23", "commit": "abc", "modified": False},
+            ],
         }
     )
+    assert "- layers: commit ab and uncommitted changes (2026-11-22); model: commit abc (2026-11-23)" in page
     assert "A copy in the same run: 4.000 TB/s" in page
     assert "| small | 8 | 200 | 1.500 | 38% | 50 | 3.000 | 75% | 4.00 |" in page
     assert "| small | 8 | 200 | – | – |" in page

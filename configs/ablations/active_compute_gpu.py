@@ -11,15 +11,11 @@ Expected: at equal granularity loss falls by about the same amount from doubling
 (2202.01169), and at equal total size finer experts are better (2402.07871).
 """
 
-from dataclasses import replace
-
-from configs.ablations.routing_gpu import BIAS
-from configs.domains import config as domains
+from configs.ablations.routing_gpu import base
 from moe.ablation import Ablation, Axis
-from moe.checkpoint import Checkpoints
 from moe.routing import TopK
 
-WIDTH = 2048  # of the dense layer, and of the experts of a token together
+WIDTH = base.model.dense_width  # of the dense layer, and of the experts of a token together
 
 
 def experts(count: int, pieces: int) -> dict:
@@ -35,19 +31,7 @@ def experts(count: int, pieces: int) -> dict:
 
 config = Ablation(
     name="active_compute_gpu",
-    base=replace(
-        domains,
-        model=replace(
-            domains.model,
-            width=384,
-            layers="D" + 7 * "M",
-            attention=replace(domains.model.attention, heads=6, kv_heads=2),
-            dense_width=WIDTH,
-            moe=replace(domains.model.moe, balance=BIAS),
-        ),
-        train=replace(domains.train, steps=400, evaluate_every=100),
-        checkpoints=Checkpoints(every=400),
-    ),
+    base=base,
     axes=(
         Axis(
             "experts",

@@ -3,7 +3,7 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/balance_gpu.py
 
-63M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row.
+35M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row.
 
 Expected: the loss-free bias balances far better than the auxiliary loss at no cost in quality (2408.15664
 table 2: perplexity 9.50 against 9.56, MaxVio 0.04 against 0.72); the auxiliary loss over the whole batch

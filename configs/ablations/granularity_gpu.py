@@ -3,7 +3,7 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/granularity_gpu.py
 
-63M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. From row to row the
+35M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. From row to row the
 experts double in number, halve in width, and each token visits twice as many; only the router grows.
 
 Expected: finer experts are better at equal active compute, with a best granularity of 8 to 12 (2507.17702).

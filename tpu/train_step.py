@@ -12,7 +12,7 @@ from moe.kernels.attention import block_length, splash_cuts
 from moe.mesh import spec
 from moe.nn import structure
 from moe.training.state import abstract_state
-from moe.training.step import make_train_step
+from moe.training.step import counts_first, make_train_step
 from tpu.lowered import Lowered, Serving
 from tpu.operations import EvenLoads
 
@@ -61,14 +61,16 @@ def recomputed(experiment: Experiment) -> float:
     """FLOPs a token of a train step beyond three times the forward pass.
 
     Whole layers that are computed again (`remat="full"`), but for the last product of a feed-forward that
-    every token enters: nothing of the backward pass reads its result. And what attention computes beyond half
-    the square of pairs.
+    every token enters: nothing of the backward pass reads its result. The pass that counts first, where a
+    balance loss needs the whole of an accumulated batch. And what attention computes beyond half the square
+    of pairs.
     """
     model, sequence = experiment.model, experiment.data.sequence_length
     parts = by_component(model, sequence)
     again = 1 if model.remat == "full" else 0
+    first = 1 if counts_first(model, experiment.train.accumulation) else 0
     layers = sum(
-        part.forward_flops * (2 / 3 if name in ("dense", "shared experts") else 1.0)
+        part.forward_flops * (first + again * (2 / 3 if name in ("dense", "shared experts") else 1.0))
         for name, part in parts.items()
         if name not in ("embedding", "head")
     )
@@ -80,8 +82,9 @@ def recomputed(experiment: Experiment) -> float:
     backward, share = (7, 1 + block_length(sequence) / sequence) if splash else (4, 2.0)
     # `by_component` counts two, the second over values, which kernels pad to the width of keys.
     counted = 1 + model.attention.value_width / width
-    attention = product * ((2 + 2 * again + backward) * share - 3 * counted)
-    return again * (layers - counted * product) + attention
+    passes = 1 + first + again
+    attention = product * ((2 * passes + backward) * share - (2 + passes) * counted)
+    return layers + attention
 
 
 def even_loads(experiment: Experiment, tokens: int) -> EvenLoads:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe.balance import BalanceLoss, RoutingStatistics, load_fraction, max_violation, totals
 from moe.mesh import spec
-from moe.nn import Transformer
+from moe.nn import Transformer, TransformerConfig
 from moe.training.loss import LossParts, evaluation_parts, training_loss
 from moe.training.state import TrainState
 
@@ -125,7 +125,8 @@ def gradients(
         jax.sharding.reshard(tokens, spec()).reshape(accumulation, -1, tokens.shape[1]), spec(None, "batch")
     )
     keys = keys.reshape(accumulation, -1)
-    batch = _batch_statistics(merge, state, micro, keys)
+    counted = counts_first(merge(state.params).config, accumulation)
+    batch = _batch_statistics(merge, state, micro, keys) if counted else None
 
     def accumulate(total, xs):
         (value, parts), grads = value_and_grad(state.params, xs[0], batch, xs[1])
@@ -137,16 +138,18 @@ def gradients(
     return values.mean(), _join(parts), grads
 
 
-def _batch_statistics(merge, state: TrainState, micro, keys) -> RoutingStatistics | None:
-    """Mean of the micro-batches' totals, by a forward pass over all of them, where a balance loss needs it.
+def counts_first(model: TransformerConfig, accumulation: int) -> bool:
+    """Whether a forward pass over all micro-batches comes first, since a balance loss needs their totals.
 
     The loss is then exactly that of the undivided batch, for a third more compute; averaging each
     micro-batch's own loss would be another loss (2501.11873, section 3).
     """
-    model = merge(state.params)
-    balance = model.config.moe.balance if model.config.moe_layers else ()
-    if not any(isinstance(b, BalanceLoss) and b.needs_batch for b in balance):
-        return None
+    balance = model.moe.balance if model.moe_layers else ()
+    return accumulation > 1 and any(isinstance(b, BalanceLoss) and b.needs_batch for b in balance)
+
+
+def _batch_statistics(merge, state: TrainState, micro, keys) -> RoutingStatistics:
+    """Mean of the micro-batches' totals."""
 
     def count(xs):
         _, statistics = merge(state.params)(xs[0][:, :-1], keys=xs[1])

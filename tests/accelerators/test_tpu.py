@@ -96,6 +96,16 @@ def test_a_loop_over_layers_costs_what_the_layers_do_one_by_one(remat):
     assert looped.flops["compiled"] == pytest.approx(looped.flops["expected"], rel=0.03)
 
 
+@pytest.mark.parametrize("group", [0, 1])
+def test_the_pass_that_counts_an_accumulated_batch_is_expected(group):
+    """A balance loss over the whole batch needs its totals before the first gradient."""
+    moe = replace(MODEL.moe, balance=(LoadBalanceLoss(0.01, sequences_per_group=group),))
+    train = replace(EXPERIMENT.train, accumulation=2)
+    experiment = replace(EXPERIMENT, model=replace(MODEL, moe=moe), train=train)
+    analysis, _ = analyse(experiment, "v5e:2x4", "train", Serving())
+    assert analysis.flops["compiled"] == pytest.approx(analysis.flops["expected"], rel=0.03)
+
+
 def test_the_command_writes_what_it_found(tmp_path):
     words = (
         "--topology v6e:2x4 --model.layers M --model.width 512 --model.moe.num-experts 8 --train.batch-size 8"

@@ -12,7 +12,7 @@ from moe.kernels.attention import block_length, splash_cuts
 from moe.mesh import spec
 from moe.nn import structure
 from moe.training.state import abstract_state
-from moe.training.step import counts_first, make_train_step
+from moe.training.step import make_train_step
 from tpu.lowered import Lowered, Serving
 from tpu.operations import EvenLoads
 
@@ -68,7 +68,7 @@ def recomputed(experiment: Experiment) -> float:
     model, sequence = experiment.model, experiment.data.sequence_length
     parts = by_component(model, sequence)
     again = 1 if model.remat == "full" else 0
-    first = 1 if counts_first(model, experiment.train.accumulation) else 0
+    first = 1 if model.counts_first(experiment.train.accumulation) else 0
     layers = sum(
         part.forward_flops * (first + again * (2 / 3 if name in ("dense", "shared experts") else 1.0))
         for name, part in parts.items()

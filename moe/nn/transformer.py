@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.balance import RoutingStatistics
+from moe.balance import BalanceLoss, RoutingStatistics
 from moe.errors import UserError
 from moe.kernels import linear
 from moe.kernels.attention import causal_attention
@@ -98,6 +98,15 @@ class TransformerConfig:
     def moe_layers(self) -> int:
         """Number of MoE layers."""
         return count_moe(self.layers)
+
+    def counts_first(self, accumulation: int) -> bool:
+        """Whether a train step begins with a forward pass over all micro-batches, for their totals.
+
+        A balance loss over the whole batch needs them: it is then exactly that of the undivided batch, for
+        a third more compute; averaging each micro-batch's own would be another loss (2501.11873, section 3).
+        """
+        whole = any(isinstance(b, BalanceLoss) and b.needs_batch for b in self.moe.balance)
+        return accumulation > 1 and self.moe_layers > 0 and whole
 
     @property
     def looks_ahead(self) -> list[str]:

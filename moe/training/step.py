@@ -8,9 +8,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from moe.balance import BalanceLoss, RoutingStatistics, load_fraction, max_violation, totals
+from moe.balance import RoutingStatistics, load_fraction, max_violation, totals
 from moe.mesh import spec
-from moe.nn import Transformer, TransformerConfig
+from moe.nn import Transformer
 from moe.training.loss import LossParts, evaluation_parts, training_loss
 from moe.training.state import TrainState
 
@@ -125,7 +125,7 @@ def gradients(
         jax.sharding.reshard(tokens, spec()).reshape(accumulation, -1, tokens.shape[1]), spec(None, "batch")
     )
     keys = keys.reshape(accumulation, -1)
-    counted = counts_first(merge(state.params).config, accumulation)
+    counted = merge(state.params).config.counts_first(accumulation)
     batch = _batch_statistics(merge, state, micro, keys) if counted else None
 
     def accumulate(total, xs):
@@ -136,16 +136,6 @@ def gradients(
     grads, (values, parts) = jax.lax.scan(accumulate, zeros, (micro, keys))
     grads = jax.tree.map(lambda g: g / accumulation, grads)
     return values.mean(), _join(parts), grads
-
-
-def counts_first(model: TransformerConfig, accumulation: int) -> bool:
-    """Whether a forward pass over all micro-batches comes first, since a balance loss needs their totals.
-
-    The loss is then exactly that of the undivided batch, for a third more compute; averaging each
-    micro-batch's own loss would be another loss (2501.11873, section 3).
-    """
-    balance = model.moe.balance if model.moe_layers else ()
-    return accumulation > 1 and any(isinstance(b, BalanceLoss) and b.needs_batch for b in balance)
 
 
 def _batch_statistics(merge, state: TrainState, micro, keys) -> RoutingStatistics:

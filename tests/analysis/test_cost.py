@@ -19,6 +19,7 @@ from moe.analysis.cost.passes import SCORES, Work, decode, kv_bytes, prefill, to
 from moe.analysis.cost.roofline import Workload, fewest_chips, timed
 from moe.analysis.cost.touched import touched_by_load, touched_evenly
 from moe.analysis.hardware import HARDWARE, Hardware
+from moe.balance import LoadBalanceLoss
 from moe.compress.size import weight_bytes as weight_bytes_by_kind
 from moe.config import load_config
 from moe.decode.cache import LayerCache
@@ -74,6 +75,21 @@ def test_xla_counts_the_same_in_the_whole_train_step(one_device):
     counted = lowered.compile().cost_analysis()["flops"]
     expected = total(train_step(MODEL, batch, length)).flops + 3 * batch * length * square(MODEL, length)
     assert expected < counted < 1.02 * expected
+
+
+def test_a_balance_loss_over_an_accumulated_batch_costs_a_third_of_the_layers_more(one_device):
+    def cost(group: int, accumulation: int) -> dict:
+        balance = (LoadBalanceLoss(0.01, sequences_per_group=group),)
+        model = replace(MODEL, moe=replace(MODEL.moe, balance=balance))
+        return train_step(model, 8, 128, accumulation=accumulation)
+
+    parts = cost(0, 2)
+    layers = [
+        work for name, work in parts.items() if name not in ("embedding", "head", "optimizer", "counting")
+    ]
+    assert parts["counting"].flops == pytest.approx(sum(work.flops for work in layers) / 3)
+    assert "counting" not in cost(0, 1)
+    assert "counting" not in cost(1, 2)
 
 
 def test_xla_counts_the_same_in_decoding_and_in_reading_a_prompt(one_device):

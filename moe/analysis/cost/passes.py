@@ -116,9 +116,10 @@ def train_step(
 ) -> Parts:
     """Forward, backward and update of one batch.
 
-    `recomputed` is what remat does again: whole layers, or attention's scores (dots). Each product's backward
-    pass is two: the input's gradient reads weights and rows, the weights' gradient reads rows and is written
-    in float32. The update reads and writes all state once.
+    `recomputed` is what remat does again: whole layers, or attention's scores (dots). `counting` is the
+    forward pass for a balance loss over an accumulated batch (`TransformerConfig.counts_first`). Each
+    product's backward pass is two: the input's gradient reads weights and rows, the weights' gradient reads
+    rows and is written in float32. The update reads and writes all state once.
 
     Args:
         config: the model.
@@ -145,6 +146,8 @@ def train_step(
     found["optimizer"] = Work(0.0, 2 * state_bytes + params * GRADIENT_BYTES + cast)
     if config.remat != "none":
         found["recomputed"] = _recomputed(config, Tokens(count, length, training=True))
+    if config.counts_first(accumulation):
+        found["counting"] = _layers(config, Tokens(count, length, training=True))
     return dict(found)
 
 
@@ -189,11 +192,16 @@ def _part_scores(found: defaultdict[str, Work], flops: float) -> None:
 
 
 def _recomputed(config: TransformerConfig, tokens: Tokens) -> Work:
-    again = _forward(config, tokens, "bf16")
     if config.remat == "full":
-        return total({name: work for name, work in again.items() if name not in ("embedding", "head")})
+        return _layers(config, tokens)
     scores = score_flops(config, tokens.length) * tokens.count
     return Work(scores, _attended_bytes(config, 1, tokens.count))
+
+
+def _layers(config: TransformerConfig, tokens: Tokens) -> Work:
+    """A forward pass without embedding and head."""
+    forward = _forward(config, tokens, "bf16")
+    return total({name: work for name, work in forward.items() if name not in ("embedding", "head")})
 
 
 def _attended_bytes(config: TransformerConfig, batch: int, length: int) -> float:

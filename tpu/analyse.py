@@ -122,7 +122,7 @@ def analyse(experiment: Experiment, topology: str, step: str, serving: Serving) 
     jax.set_mesh(mesh)
     lowered = STEPS[step].lower(experiment, serving)
     started = time.perf_counter()
-    compiled = _compile(lowered)
+    compiled = compile_program(lowered)
     seconds = time.perf_counter() - started
     places = [Place(tuple(d.coords), d.core_on_chip) for d in mesh.devices.flat]
     named = Mesh(dict(mesh.shape))
@@ -173,10 +173,21 @@ def describe(topology: str) -> list[Any]:
         raise UserError(f"--topology {topology!r}: {one_line(error)[:200]}") from error
 
 
-def _compile(lowered: Lowered) -> jax.stages.Compiled:
+def compile_program(lowered: Lowered) -> jax.stages.Compiled:
+    """The program of a device.
+
+    Raises:
+        DoesNotFitError: it needs more memory than a device has.
+        UserError: the topology cannot send what it sends.
+    """
     try:
         return lowered.program.compile()
     except jax.errors.JaxRuntimeError as error:
+        if "limited ICI routing" in str(error):
+            raise UserError(
+                "model.moe.dispatch.exchange: XLA sends no ragged buffers over this topology; "
+                "take Auto() or AllToAll()"
+            ) from error
         sizes = re.findall(r"(?:Used |of |\()([\d.]+[MGT])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise

@@ -1,5 +1,6 @@
 """The command as a user runs it, as far as it goes without libtpu, and the layouts that a sweep tries."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ from moe.experiment import Experiment, Train
 from moe.mesh import MeshConfig
 from moe.nn import MoEConfig, TransformerConfig
 from moe.routing import TopK
-from tpu.lowered import Serving
+from tpu.analyse import compile_program
+from tpu.lowered import Lowered, Serving
+from tpu.operations import EvenLoads
 from tpu.steps import STEPS
 from tpu.sweep import factorings, layouts, ranking
 
@@ -95,3 +98,20 @@ def test_the_ranking_names_what_failed():
     assert "data 4 x expert 2" in lines[1]
     assert "31.0%" in lines[1]
     assert "needs 40 GiB" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("UNIMPLEMENTED: not supported in limited ICI routing settings", "take Auto() or AllToAll()"),
+        ("RESOURCE_EXHAUSTED: Used 16.3G of 15.7G hbm", "needs 16.3GiB of a device's 15.7GiB"),
+    ],
+)
+def test_what_the_compiler_refuses_is_said_with_its_remedy(said, told):
+    class Program:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    lowered = Lowered(Program(), {}, 0, 0.0, 0.0, EvenLoads(0.0))
+    with pytest.raises(UserError, match=re.escape(told)):
+        compile_program(lowered)

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from moe.ablation.results import Result, Series
+from moe.ablation.scaling import scaling
+from moe.ablation.scaling_plot import draw_scaling
 from moe.ablation.summary import SAME_COMPUTE, RowSummary, Sweep
 
 GREY = "#777777"
@@ -40,7 +42,14 @@ def draw(sweep: Sweep, folder: Path) -> dict[str, str]:
     Returns:
         Caption of each file written, in the order of the report.
     """
+    found = scaling(sweep)
     pictures: dict[str, tuple[Callable[[Sweep], Figure | None], str]] = {
+        "scaling.png": (
+            lambda _: draw_scaling(found) if found else None,
+            "Validation loss at equal active compute over what else it costs: a point for each row, with its "
+            "number of experts, small ones for its seeds; dotted the fit. Bytes are those of weights in "
+            "bfloat16 and of the cache, by the model of docs/compute.md.",
+        ),
         "differences.png": (
             differences,
             "Difference to the baseline: mean over seeds and 95 % t-interval. The band is the margin of "

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe.ablation.command import Commands
 from moe.ablation.plots import draw
+from moe.ablation.scaling import scaling
 from moe.ablation.summary import RowSummary, Sweep
 from moe.ablation.text import report_text
 from moe.page import finite, html_page
@@ -80,6 +81,12 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
             "baseline": sweep.ablation.baseline_name,
             "margin": sweep.ablation.margin,
             "rows": {summary.name: row(summary) for summary in sweep.rows},
+            "scaling": _scaling(sweep),
             "not_possible": {row.name: row.reason for row in sweep.impossible},
         }
     )
+
+
+def _scaling(sweep: Sweep) -> dict[str, Any] | None:
+    found = scaling(sweep)
+    return found and asdict(found)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from moe.ablation.command import Commands
 from moe.ablation.markdown import NOTHING, code, interval, number, scaled, signed, table
-from moe.ablation.statistics import CONFIDENCE
+from moe.ablation.scaling import BATCHES, scaling
+from moe.ablation.statistics import CONFIDENCE, Interval
 from moe.ablation.summary import SAME_COMPUTE, RowSummary, Sweep
 
 
@@ -68,6 +69,7 @@ def report_text(sweep: Sweep, commands: Commands, captions: Mapping[str, str]) -
     yield "\n## Quality\n"
     yield quality_table(sweep) + "\n"
     yield from _picture(captions, "differences.png")
+    yield from _scaling(sweep, captions)
     yield "## Routing and compute\n"
     yield _compute_table(sweep) + "\n"
     yield from _footnotes(sweep)
@@ -128,6 +130,44 @@ def _compute_table(sweep: Sweep) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms" if seconds == seconds else NOTHING
+
+
+def _scaling(sweep: Sweep, captions: Mapping[str, str]) -> Iterator[str]:
+    """Experts and granularity, where the rows ask for them."""
+    found = scaling(sweep)
+    if not found:
+        return
+    fit = found.fit
+    yield "## Experts and granularity at equal active compute\n"
+    yield from _picture(captions, "scaling.png")
+    rows = [
+        [
+            point.name,
+            str(point.experts or NOTHING),
+            number(point.granularity, "g"),
+            number(point.expansion, "g"),
+            scaled(point.total_params),
+            interval(point.loss),
+            number(fit.loss(point.expansion, point.granularity) if point.experts else math.nan, ".4f"),
+            _milliseconds(point.step_seconds),
+            *(scaled(read) + "B" for read in point.decode_bytes),
+        ]
+        for point in ([found.dense] if found.dense else []) + list(found.points)
+    ]
+    header = ["row", "experts E", "granularity G", "expansion R", "parameters", "validation loss", "fitted"]
+    header += ["step time", *(f"bytes a token, batch {batch}" for batch in BATCHES)]
+    yield table(header, rows) + "\n"
+    yield (
+        f"ln loss = a + b ln R + c ln G over {fit.of_doubling_experts.count} runs: twice the experts change "
+        f"the loss by {_percent(fit.of_doubling_experts)}, experts twice as fine by "
+        f"{_percent(fit.of_doubling_granularity)}; R² {fit.explained:.3f}, residual {fit.residual:.2%}. "
+        "R = E / G is total over active experts; intervals are of least squares, at 95 %. It speaks of this "
+        "active size and length of training (2202.01169 and 2402.07871 have laws over sizes).\n"
+    )
+
+
+def _percent(found: Interval) -> str:
+    return f"{found.mean:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
 
 
 def _footnotes(sweep: Sweep) -> Iterator[str]:

@@ -154,14 +154,15 @@ def hand_out(directory: Path, out: Path, options: Export) -> None:
     experiment = read_experiment(directory)
     for what in experiment.model.looks_ahead:
         raise UserError(f"{what} lets tokens see later ones: the model cannot generate, so nothing serves it")
-    if experiment.quantization.weights:
-        raise UserError(
-            f"{directory} holds {experiment.quantization.weights} weights, which are not exported; "
-            "export the run that they were made from"
-        )
+    held = experiment.quantization.weights
+    if held and options.quantize:
+        raise UserError(f"{directory} holds {held} weights already; leave out --quantize")
+    if held and options.to == "hf":
+        options = replace(options, quantize=held)
     jax.set_mesh(make_mesh(MeshConfig()))
     dataset = prepare(experiment.data)
-    weights = CheckpointWeights(find_checkpoint(directory, experiment.checkpoints, options.checkpoint))
+    checkpoint = find_checkpoint(directory, experiment.checkpoints, options.checkpoint)
+    weights = CheckpointWeights(checkpoint, format_named(held) if held else None)
     text = Text(dataset.tokenizer, experiment.data.tokenizer.end_of_text, experiment.data.sequence_length)
     job = Job(directory, experiment, weights, text, out, options)
 
@@ -188,7 +189,8 @@ def stored(job: Job) -> StoredWeights:
     """What a Hugging Face checkpoint holds of the run's weights."""
     options, model = job.options, job.experiment.model
     architecture = choose(_wanted(options.architecture), model)
-    return StoredWeights(architecture, model, job.weights.read, options.precision, options.format)
+    codes = job.weights.quantized if job.experiment.quantization.weights else None
+    return StoredWeights(architecture, model, job.weights.read, options.precision, options.format, codes)
 
 
 def write_hugging_face(job: Job) -> None:

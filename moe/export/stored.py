@@ -1,7 +1,6 @@
 """The weights of a run as a checkpoint stores them: all of one precision, or the matrices quantised."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -15,16 +14,18 @@ from moe.export.safetensors_file import DTYPES, Entry
 from moe.export.tensors import Slot, slots
 from moe.nn import TransformerConfig, build
 from moe.nn.quantized import HEAD, format_of
-from moe.quant import Format, dequantize, quantize
+from moe.quant import Format, QuantizedMatrix, dequantize, quantize
 
 Precision = Literal["float32", "bfloat16", "float16"]
+ReadCodes = Callable[[str, int | None], QuantizedMatrix | None]
+"""As `ReadWeights`, of quantised matrices; None for any other parameter."""
 
 
 class StoredWeights:
     """What is stored of each parameter; no more than one layer's part of one is in memory.
 
-    Quantised are the matrices of attention, feed-forwards and experts, from the run's own float32. Routers,
-    gates of shared experts, embedding and output head stay as they are: engines expect them plain.
+    Quantised are the matrices of attention, feed-forwards and experts, from the run's own float32, or as the
+    run holds them. Routers, gates of shared experts, embedding and output head are plain, as engines expect.
 
     Args:
         architecture: one that carries the model.
@@ -32,6 +33,7 @@ class StoredWeights:
         read: its weights.
         precision: of all that is not quantised.
         quantized: format of the matrices; None quantises nothing.
+        codes: the run's own quantised matrices, of that format, where it holds such.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class StoredWeights:
         read: ReadWeights,
         precision: Precision = "float32",
         quantized: Format | None = None,
+        codes: ReadCodes | None = None,
     ):
         whole = architecture.whole(architecture.config(model))
         self.architecture = architecture
@@ -49,7 +52,7 @@ class StoredWeights:
         """The keys of config.json about the model and its numbers."""
         self.slots = slots(architecture.tensors, whole)
         """All that is stored, in order."""
-        self._read, self._dtype = read, np.dtype(precision)
+        self._read, self._codes, self._dtype = read, codes, np.dtype(precision)
         self._format, self._matrices = quantized, _matrices(whole) if quantized else set()
         self._kept = {slot.leaf for slot in self.slots if slot.tensor.float32}
         if quantized:
@@ -79,8 +82,10 @@ class StoredWeights:
         if not self._format or slot.leaf not in self._matrices:
             yield from slot.to_theirs(array)
             return
+        held = self._codes(slot.leaf, slot.repetition) if self._codes else None
+        matrix = held or _quantized(array, self._format)
         # Codes lie [..., out, in] as theirs do, so there is nothing to transpose.
-        codes, scales = (np.asarray(part) for part in _quantized(array, self._format))
+        codes, scales = np.asarray(matrix.codes()), np.asarray(matrix.scales)
         for one, its in zip(_listed(codes), _listed(scales), strict=True):
             yield from compressed_tensors.tensors(one, its, self._format)
 
@@ -90,7 +95,8 @@ class StoredWeights:
         if array is None or leaf in self._kept:
             return array
         if self._format and leaf in self._matrices:
-            return np.asarray(_there_and_back(array, self._format))
+            held = self._codes(leaf, place) if self._codes else None
+            return np.asarray(dequantize(held or _quantized(array, self._format)))
         return array.astype(self._dtype).astype(np.float32)
 
 
@@ -109,12 +115,4 @@ def _matrices(model: TransformerConfig) -> set[str]:
     }
 
 
-@partial(jax.jit, static_argnums=1)
-def _quantized(array: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
-    found = quantize(array, format)
-    return found.codes(), found.scales
-
-
-@partial(jax.jit, static_argnums=1)
-def _there_and_back(array: jax.Array, format: Format) -> jax.Array:
-    return dequantize(quantize(array, format))
+_quantized = jax.jit(quantize, static_argnums=1)

@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
 from moe.checkpoint import CONTENTS, STATE, Checkpoints, CheckpointStore
 from moe.errors import UserError
+from moe.nn.quantized import HEAD, format_of_axes
+from moe.quant import Format, QuantizedMatrix, dequantize
 from moe.seal import find_damage
 
 
@@ -47,9 +50,11 @@ class CheckpointWeights:
 
     Args:
         checkpoint: folder of an intact checkpoint.
+        format: of its matrices, where the run holds quantised ones.
     """
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path, format: Format | None = None):
+        self._format = format
         contents = json.loads((checkpoint / CONTENTS).read_text())
         self.step: int = contents["step"]
         self.averaged = any(name.startswith("average/") for name in contents["leaves"])
@@ -64,9 +69,27 @@ class CheckpointWeights:
         }
 
     def read(self, leaf: str, place: int | None) -> np.ndarray | None:
-        """One layer's part of a parameter (`moe.export.assemble.ReadWeights`)."""
-        if leaf not in self._stored:
+        """One layer's part of a parameter (`moe.export.assemble.ReadWeights`); of a quantised matrix what it
+        stands for, float32."""
+        if (matrix := self.quantized(leaf, place)) is not None:
+            return np.asarray(dequantize(matrix))
+        found = self._part(leaf, place)
+        # Beside quantised matrices the embedding is bfloat16, which NumPy's users do not expect.
+        return found.astype(np.float32) if self._format and found is not None else found
+
+    def quantized(self, leaf: str, place: int | None) -> QuantizedMatrix | None:
+        """The same of a quantised matrix, as it is held; None for any other parameter."""
+        parts = [self._part(f"{leaf}/value/{name}", place) for name in ("values", "scales")]
+        if self._format is None or parts[0] is None:
             return None
-        store = {"driver": "ocdbt", "base": f"file://{self._state}/", "path": self._stored[leaf] + "/"}
+        own = format_of_axes(HEAD, self._format) if leaf == "head" else self._format
+        assert own is not None
+        values, scales = map(jnp.asarray, parts)
+        return QuantizedMatrix(values, scales, own)
+
+    def _part(self, name: str, place: int | None) -> np.ndarray | None:
+        if name not in self._stored:
+            return None
+        store = {"driver": "ocdbt", "base": f"file://{self._state}/", "path": self._stored[name] + "/"}
         array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
         return (array if place is None else array[place]).read().result()

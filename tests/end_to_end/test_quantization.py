@@ -4,15 +4,20 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from workshop import TINY, Workshop, fingerprint, lines
+
+from moe.export.weights import CheckpointWeights
+from moe.quant import format_named
 
 
 @pytest.fixture(scope="module")
 def run(workshop: Workshop) -> Path:
     """A run that trains for int4, and evaluates itself with such weights."""
     command = ("train.py", TINY, "--train.steps", "12", "--quantization.train", "int4-8")
-    assert workshop.call(*command).code == 0
+    assert workshop.call(*command, "--model.moe.routing.scores", "sigmoid").code == 0
     return workshop.runs / "tiny"
 
 
@@ -71,6 +76,21 @@ def test_a_calibrated_run_is_measured_beside_its_source_and_by_itself(workshop: 
         for where in (("runs/small",), ("runs/tiny", "--quantize", "int8"))
     ]
     assert all(text.code == 0 and text.out.startswith("Once") for text in texts), texts
+
+    exported = workshop.call("export.py", "runs/small", "--to", "hf", "--out", "exports/small")
+    assert exported.code == 0, exported.err
+    tensors = safetensors.numpy.load_file(workshop.folder / "exports" / "small" / "model.safetensors")
+    newest = max((workshop.runs / "small" / "checkpoints").iterdir())
+    weights = CheckpointWeights(newest, format_named("int4-8"))
+    held = weights.quantized("stacks/0/blocks/0/moe/experts/w_up", 0)
+    assert held is not None
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    codes = np.asarray(held.codes())[3] + 8
+    words = tensors[f"{name}_packed"].astype(np.int64) & 0xFFFFFFFF
+    assert (np.stack([words >> 4 * i & 15 for i in range(8)], -1).reshape(codes.shape) == codes).all()
+    assert (tensors[f"{name}_scale"] == np.asarray(held.scales, np.float32)[3]).all()
+    told = workshop.call("export.py", "runs/small", "--to", "hf", "--quantize", "int8", "--out", "exports/x")
+    assert (told.code, "holds int4-8 weights already" in told.err) == (2, True)
 
     again = workshop.call(*command)
     assert (again.code, "holds quantised weights already" in again.err) == (2, True)

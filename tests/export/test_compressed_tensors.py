@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -25,7 +26,7 @@ from moe.export.stored import StoredWeights
 from moe.export.verify import CLIENTS, Answer, compare, our_answer
 from moe.mesh import MeshConfig, make_mesh
 from moe.nn.quantized import quantize_params
-from moe.quant import dequantize, format_named
+from moe.quant import QuantizedMatrix, dequantize, format_named, quantize
 
 SCRIPT = Path(__file__).with_name("decompressed_by_transformers.py")
 NEW_TOKENS = 4
@@ -84,6 +85,27 @@ def test_what_is_read_back_is_what_evaluation_dequantises(format):
         for place in places:
             expected = whole if place is None else whole[place]
             assert weights.read(name, place).tobytes() == expected.tobytes(), name
+
+
+def test_codes_that_the_run_holds_are_stored_as_they_are():
+    """As GPTQ leaves them: here each one above the nearest."""
+    model, format = MODELS["mixtral"], format_named("int4-8")
+    read = RandomWeights(model).read
+
+    def held(leaf, place):
+        if "/w_" not in leaf:
+            return None
+        nearest = quantize(read(leaf, place), format)
+        codes = jnp.minimum(jnp.swapaxes(nearest.codes(), -1, -2) + 1, 7)
+        return QuantizedMatrix.of_codes(codes, jnp.swapaxes(nearest.scales, -1, -2), format)
+
+    weights = StoredWeights(choose(ARCHITECTURES, model), model, read, "float32", format, held)
+    slot = next(slot for slot in weights.slots if slot.leaf.endswith("experts/w_down"))
+    matrices = held(slot.leaf, slot.repetition)
+    assert (weights.read(slot.leaf, slot.repetition) == np.asarray(dequantize(matrices))).all()
+    packed, scales, _ = list(weights.tensors(slot))[3:6]  # of the second expert
+    assert (packed == pack(np.asarray(matrices.codes())[1], 4)).all()
+    assert (scales == np.asarray(matrices.scales, np.float32)[1]).all()
 
 
 def test_routers_embeddings_and_head_stay_plain(tmp_path):

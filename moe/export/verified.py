@@ -34,10 +34,13 @@ class Client:
     rounds: bool = True
     """Whether it computes more coarsely where weights are of lower precision."""
 
+    environment: str = ""
+    """The peers' environment that holds it; empty where that is called as the package is."""
+
     @property
     def installing(self) -> str:
         """The command that installs it."""
-        return f"uv run python -m benchmarks.peers.environment {self.package}"
+        return f"uv run python -m benchmarks.peers.environment {self.environment or self.package}"
 
     def python(self, given: str = "") -> Path | None:
         """An interpreter that has it: the one given, else this one or that of its own environment."""
@@ -46,7 +49,7 @@ class Client:
             return Path(given) if subprocess.run([given, "-c", finds]).returncode == 0 else None
         if importlib.util.find_spec(self.package):
             return Path(sys.executable)
-        python = PEERS / self.package / "bin" / "python"
+        python = PEERS / (self.environment or self.package) / "bin" / "python"
         return python if python.exists() else None
 
 
@@ -55,7 +58,10 @@ LLAMA_CPP = Client("llama_cpp", "run_llama_cpp")
 CLIENTS = {
     "hf": (TRANSFORMERS, Client("vllm", "run_vllm")),
     "gguf": (LLAMA_CPP,),
-    "onnx": (Client("onnxruntime", "run_onnxruntime"),),
+    "onnx": (
+        Client("onnxruntime", "run_onnxruntime"),
+        Client("onnxruntime_genai", "run_onnxruntime_genai", environment="onnxruntime"),
+    ),
     "stablehlo": (Client("jax", "run_stablehlo"),),
 }
 

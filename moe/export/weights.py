@@ -51,6 +51,9 @@ class CheckpointWeights:
     Args:
         checkpoint: folder of an intact checkpoint.
         format: of its matrices, where the run holds quantised ones.
+
+    Raises:
+        UserError: it does not hold such.
     """
 
     def __init__(self, checkpoint: Path, format: Format | None = None):
@@ -67,6 +70,8 @@ class CheckpointWeights:
             for name, stored in names.items()
             if name.startswith(f"{root}/")
         }
+        if format and not any(name.endswith("/value/values") for name in self._stored):
+            raise UserError(f"{checkpoint} holds no quantised weights, as its run's config.json says it does")
 
     def read(self, leaf: str, place: int | None) -> np.ndarray | None:
         """One layer's part of a parameter (`moe.export.assemble.ReadWeights`); of a quantised matrix what it

@@ -183,7 +183,7 @@ def test_a_command_that_cannot_work_says_why(trained: Workshop, arguments, messa
     assert not (trained.runs / "x").exists()
 
 
-def test_rounded_weights_are_not_taken_for_missing_ones(trained: Workshop):
+def test_a_run_said_to_hold_rounded_weights_must_hold_them(trained: Workshop):
     rounded = trained.runs / "rounded"
     shutil.copytree(trained.runs / "trained", rounded)
     config = json.loads((rounded / "config.json").read_text())
@@ -191,7 +191,7 @@ def test_rounded_weights_are_not_taken_for_missing_ones(trained: Workshop):
     (rounded / "config.json").write_text(json.dumps(config))
     ended = trained.call("export.py", "runs/rounded", "--out", "out/rounded")
     assert ended.code == 2
-    assert "runs/rounded holds int8 weights" in ended.err
+    assert "holds no quantised weights, as its run's config.json says" in ended.err
     assert not (trained.folder / "out" / "rounded").exists()
 
 

@@ -67,8 +67,9 @@ def test_onnx_runtime_says_what_our_model_says(tmp_path, text, name):
     weights = written(tmp_path, model, text)
     prompts = np.random.default_rng(0).integers(0, 250, (2, 16))
     ours = our_answer(model, weights.read, prompts, 4)
-    found = compare(prompts, ours, client_answer("run_onnxruntime", PYTHON, tmp_path, prompts, 4))
-    assert found.exact, found
+    for client in ("run_onnxruntime", "run_onnxruntime_genai"):
+        found = compare(prompts, ours, client_answer(client, PYTHON, tmp_path, prompts, 4))
+        assert found.exact, (client, found)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -1,5 +1,4 @@
-"""Loads an ONNX export and answers prompts: their log-probabilities by ONNX Runtime, what follows by
-onnxruntime-genai; runs where both are, without our packages.
+"""Loads an ONNX export in ONNX Runtime and answers prompts; runs where onnxruntime is, without our packages.
 
 python run_onnxruntime.py FOLDER ASKED.npz ANSWERED.npz
 """
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import onnxruntime_genai as genai
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -18,43 +16,33 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))).astype(np.float32)
 
 
-def score(folder: Path, prompts: np.ndarray) -> np.ndarray:
-    """Log-probabilities of every token at every place, in one pass."""
+def answer(folder: Path, prompts: np.ndarray, new_tokens: int) -> dict[str, np.ndarray]:
+    """Log-probabilities of every token at every place of the prompts, and their greedy continuation."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    fed = {"input_ids": prompts.astype(np.int64), "attention_mask": np.ones(prompts.shape, np.int64)}
+    outputs = [value.name for value in session.get_outputs()]
+    cache = {}
     for value in session.get_inputs():
         if value.name.startswith("past"):
             _, heads, _, width = value.shape
-            fed[value.name] = np.zeros((len(prompts), heads, 0, width), np.float32)
-    return log_softmax(session.run(["logits"], fed)[0])
-
-
-def generate(folder: Path, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-    """The greedy continuation, through the end of a text."""
-    model = genai.Model(str(folder))
-    asked = genai.GeneratorParams(model)
-    asked.set_search_options(max_length=prompts.shape[1] + new_tokens, do_sample=False)
-    rows = []
-    for prompt in prompts:
-        tokens = prompt.astype(np.int32)
-        # The end of a text ends a generator; the next one goes on behind it.
-        while len(tokens) < prompts.shape[1] + new_tokens:
-            generator = genai.Generator(model, asked)
-            generator.append_tokens(tokens)
-            while not generator.is_done():
-                generator.generate_next_token()
-            tokens = generator.get_sequence(0)
-        rows.append(tokens[prompts.shape[1] :])
-    return np.stack(rows)
+            cache[value.name] = np.zeros((len(prompts), heads, 0, width), np.float32)
+    tokens, first, greedy = prompts.astype(np.int64), None, []
+    for place in range(prompts.shape[1], prompts.shape[1] + new_tokens):
+        mask = np.ones((len(prompts), place), np.int64)
+        found = session.run(None, {"input_ids": tokens, "attention_mask": mask} | cache)
+        said = dict(zip(outputs, found, strict=True))
+        logits = said.pop("logits")
+        cache = {name.replace("present", "past_key_values"): array for name, array in said.items()}
+        first = log_softmax(logits) if first is None else first
+        tokens = logits[:, -1:].argmax(-1)
+        greedy.append(tokens[:, 0])
+    return {"log_probabilities": first, "greedy": np.stack(greedy, axis=1)}
 
 
 def main() -> None:
     """Read the prompts, answer, write."""
     folder, asked, answered = map(Path, sys.argv[1:])
     questions = np.load(asked)
-    prompts, new_tokens = questions["prompts"], int(questions["new_tokens"])
-    found = {"log_probabilities": score(folder, prompts), "greedy": generate(folder, prompts, new_tokens)}
-    np.savez(answered, **found)
+    np.savez(answered, **answer(folder, questions["prompts"], int(questions["new_tokens"])))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,34 @@ Expected: at equal granularity loss falls by about the same amount from doubling
 (2202.01169), and at equal total size finer experts are better (2402.07871).
 """
 
-from configs.ablations.routing_gpu import base
+from dataclasses import replace
+
+from configs.ablations.routing_gpu import base as routing
 from moe.ablation import Ablation, Axis
 from moe.routing import TopK
 
-WIDTH = base.model.dense_width  # of the dense layer, and of the experts of a token together
+WIDTH = 2048  # of the dense layer, and of the experts of a token together
+
+base = replace(
+    routing,
+    model=replace(
+        routing.model,
+        width=384,
+        layers="D" + 7 * "M",
+        attention=replace(routing.model.attention, heads=6, kv_heads=2),
+        dense_width=WIDTH,
+    ),
+)
+
+
+def pieces_of_one(k: int) -> TopK:
+    """Top-k that gives k experts of a k-th of a dense layer's width the dense layer's output, in size.
+
+    At the start outputs of experts are independent and of the dense layer's size each, so weights that sum to
+    one would make their sum smaller by the root of k (the gate scaling factor of 2502.16982). One weight
+    alone would always be 1 if it were renormalised, and teach the router nothing.
+    """
+    return TopK(k=k, renormalize=k > 1, scale=k**0.5)
 
 
 def experts(count: int, pieces: int) -> dict:
@@ -23,9 +46,7 @@ def experts(count: int, pieces: int) -> dict:
     return {
         "model.moe.num_experts": count,
         "model.moe.expert_width": WIDTH // pieces,
-        "model.moe.routing": TopK(
-            k=pieces, renormalize=pieces > 1
-        ),  # one renormalised weight would always be 1
+        "model.moe.routing": pieces_of_one(pieces),
     }
 
 

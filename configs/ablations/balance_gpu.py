@@ -3,8 +3,8 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/balance_gpu.py
 
-14M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. Scores are sigmoids, as in
-the papers of biases, whose steps are then small beside a score.
+14M active parameters, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. Scores are
+sigmoids, as in the papers of biases, whose steps are then small beside a score.
 
 Expected: the loss-free bias balances far better than the auxiliary loss at no cost in quality (2408.15664
 table 2: perplexity 9.50 against 9.56, MaxVio 0.04 against 0.72); the auxiliary loss over the whole batch

@@ -3,8 +3,8 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/routing_gpu.py
 
-14M active parameters of 42M, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. A run takes less
-than a minute on one H100, and a killed sweep goes on where it was.
+14M active parameters of 42M, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. A run takes
+less than a minute on one H100, and a killed sweep goes on where it was.
 
 Expected: hash, random and frozen routing clearly worse than learned (2604.14419: +1.1 to +2.2 perplexity at
 76-84M parameters); learned routers of different geometry within the margin of each other.

@@ -31,22 +31,17 @@ base = replace(
 )
 
 
-def pieces_of_one(k: int) -> TopK:
-    """Top-k that gives k experts of a k-th of a dense layer's width the dense layer's output, in size.
+def experts(count: int, pieces: int, width: int = WIDTH) -> dict:
+    """So many experts, each of one of so many pieces of a dense layer's width; a token visits that many.
 
     At the start outputs of experts are independent and of the dense layer's size each, so weights that sum to
-    one would make their sum smaller by the root of k (the gate scaling factor of 2502.16982). One weight
-    alone would always be 1 if it were renormalised, and teach the router nothing.
+    one would make their sum smaller by the root of the pieces (the gate scaling factor of 2502.16982). One
+    weight alone would always be 1 if it were renormalised, and teach the router nothing.
     """
-    return TopK(k=k, renormalize=k > 1, scale=k**0.5)
-
-
-def experts(count: int, pieces: int) -> dict:
-    """So many experts, each of one of so many pieces of the dense layer's width."""
     return {
         "model.moe.num_experts": count,
-        "model.moe.expert_width": WIDTH // pieces,
-        "model.moe.routing": pieces_of_one(pieces),
+        "model.moe.expert_width": width // pieces,
+        "model.moe.routing": TopK(k=pieces, renormalize=pieces > 1, scale=pieces**0.5),
     }
 
 

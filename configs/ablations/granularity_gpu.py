@@ -9,19 +9,11 @@ experts double in number, halve in width, and each token visits twice as many; o
 Expected: finer experts are better at equal active compute, with a best granularity of 8 to 12 (2507.17702).
 """
 
-from configs.ablations.active_compute_gpu import pieces_of_one
+from configs.ablations.active_compute_gpu import experts
 from configs.ablations.routing_gpu import base
 from moe.ablation import Ablation, Axis
 
-
-def cut(experts: int, k: int, width: int) -> dict:
-    """Experts of this number and width, k of them for each token."""
-    return {
-        "model.moe.num_experts": experts,
-        "model.moe.expert_width": width,
-        "model.moe.routing": pieces_of_one(k),
-    }
-
+WIDTH = base.model.dense_width
 
 config = Ablation(
     name="granularity_gpu",
@@ -29,13 +21,7 @@ config = Ablation(
     axes=(
         Axis(
             "experts",
-            {
-                "8x1024": cut(8, 1, 1024),
-                "16x512": cut(16, 2, 512),
-                "32x256": cut(32, 4, 256),
-                "64x128": cut(64, 8, 128),
-                "128x64": cut(128, 16, 64),
-            },
+            {f"{8 * g}x{WIDTH // g}": experts(8 * g, g, WIDTH) for g in (1, 2, 4, 8, 16)},
         ),
     ),
     baseline={"experts": "32x256"},

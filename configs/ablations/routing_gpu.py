@@ -3,8 +3,8 @@
 uv run python -m moe.data.prepare domains
 uv run ablate.py configs/ablations/routing_gpu.py
 
-14M active parameters of 42M, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. A run takes
-less than a minute on one H100, and a killed sweep goes on where it was.
+14M active parameters of 42M, 26.2M tokens a run, which is the corpus once; 3 seeds of each row. A
+killed sweep goes on where it was.
 
 Expected: hash, random and frozen routing clearly worse than learned (2604.14419: +1.1 to +2.2 perplexity at
 76-84M parameters); learned routers of different geometry within the margin of each other.
@@ -37,7 +37,7 @@ base = replace(
         dense_width=1024,
         moe=replace(domains.model.moe, expert_width=256),
     ),
-    # One pass over the corpus is short: the rate is the best of 2e-3, 4e-3 and 8e-3 (docs/results).
+    # The best of 2e-3, 4e-3 and 8e-3 for active_compute_gpu's larger model: docs/results/active_compute_gpu.
     optimizer=replace(
         domains.optimizer, learning_rate=8e-3, schedule=WSD(warmup=50, decay_fraction=0.5, final=0.02)
     ),
